@@ -1,0 +1,112 @@
+"""Every import from megatron-core that the modules and specs need, with its version check.
+
+One place to look at when Megatron moves something. Optional packages have a ``HAVE_`` flag here.
+"""
+
+import megatron.core
+
+_SUPPORTED = (0, 19)
+_version = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
+if _version < _SUPPORTED:
+    raise RuntimeError(
+        f"cca-megatron needs megatron-core 0.19; {megatron.core.__version__} is installed. "
+        "Run: pip install 'megatron-core>=0.19,<0.20'"
+    )
+
+# ruff: noqa: E402  the version comes first, so that an old Megatron gets a message and no traceback
+from megatron.core import tensor_parallel
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_layer_local_submodules,
+    get_gpt_mtp_block_spec_for_backend,
+)
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
+    FineGrainedActivationOffloadingInterface as off_interface,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
+from megatron.core.utils import (
+    deprecate_inference_params,
+    get_pg_rank,
+    log_single_rank,
+    nvtx_range_pop,
+    nvtx_range_push,
+)
+
+if HAVE_TE:
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+else:
+    TESpecProvider = None
+
+__all__ = [
+    "HAVE_TE",
+    "AttnMaskType",
+    "BaseInferenceContext",
+    "HybridStack",
+    "HybridStackSubmodules",
+    "IdentityFuncOp",
+    "IdentityOp",
+    "LocalSpecProvider",
+    "MLPLayer",
+    "MegatronModule",
+    "MoELayer",
+    "MoETransformerLayer",
+    "ModuleSpec",
+    "PackedSeqParams",
+    "ProcessGroupCollection",
+    "SelfAttention",
+    "SelfAttentionSubmodules",
+    "TESpecProvider",
+    "TransformerBlockSubmodules",
+    "TransformerConfig",
+    "TransformerLayer",
+    "TransformerLayerSubmodules",
+    "deprecate_inference_params",
+    "ensure_metadata_has_dp_cp_group",
+    "get_gpt_decoder_block_spec",
+    "get_gpt_decoder_layer_specs",
+    "get_gpt_layer_local_submodules",
+    "get_gpt_mtp_block_spec_for_backend",
+    "get_num_layers_to_build",
+    "get_pg_rank",
+    "get_transformer_layer_offset",
+    "hybrid_stack_spec",
+    "is_layer_window_attention",
+    "log_single_rank",
+    "make_sharded_tensors_for_checkpoint",
+    "nvtx_range_pop",
+    "nvtx_range_push",
+    "off_interface",
+    "set_tensor_model_parallel_attributes",
+    "tensor_parallel",
+]

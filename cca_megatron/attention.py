@@ -1,0 +1,367 @@
+"""``CCASelfAttention``: Compressed Convolutional Attention as a Megatron self-attention module.
+
+CCA is self-attention over latent heads, so ``linear_qkv`` (down-projection), ``core_attention`` and
+``linear_proj`` (up-projection) are Megatron's own. What is added is the mix between them: two causal
+convs, the query-key mean, the value shift, L2 norm with temperature, RoPE (arXiv 2510.04476, section 3).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from cca_kernels import MixOptions, MixWeights, cca_mix
+from cca_megatron._compat import (
+    AttnMaskType,
+    BaseInferenceContext,
+    PackedSeqParams,
+    ProcessGroupCollection,
+    SelfAttention,
+    SelfAttentionSubmodules,
+    TransformerConfig,
+    deprecate_inference_params,
+    ensure_metadata_has_dp_cp_group,
+    get_pg_rank,
+    make_sharded_tensors_for_checkpoint,
+    nvtx_range_pop,
+    nvtx_range_push,
+    off_interface,
+    set_tensor_model_parallel_attributes,
+    tensor_parallel,
+)
+from cca_megatron.config import CCAConfig, check_config
+
+
+class CCASelfAttention(SelfAttention):
+    """Self-attention with the CCA mix between projection and core attention.
+
+    Parameters beside ``linear_qkv`` and ``linear_proj`` (C = latent query and key channels, Hk = KV
+    heads, both of this tensor-parallel rank)::
+
+        conv0_weight [C, 1, K0]   conv1_weight [C, D, K1]   temperature [Hk]
+        conv0_bias   [C]          conv1_bias   [C]
+
+    Channels are group-interleaved, for each KV group its query heads and then its key head, as in
+    ``linear_qkv``; so tensor parallelism cuts all of them along axis 0. The names are an on-disk contract.
+
+    Args:
+        cca: the CCA settings; None means ``CCAConfig()``. The others are Megatron's.
+
+    Raises:
+        ValueError: the settings do not fit together; the message lists every problem.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        pp_layer_offset: int | None = None,
+        name: str | None = None,
+        cca: CCAConfig | None = None,
+    ):
+        self.cca = cca or CCAConfig()
+        check_config(config, self.cca)
+        super().__init__(
+            config=config,
+            submodules=submodules,
+            layer_number=layer_number,
+            attn_mask_type=attn_mask_type,
+            cp_comm_type=cp_comm_type,
+            pg_collection=pg_collection,
+            pp_layer_offset=pp_layer_offset,
+            name=name,
+        )
+        self._build_mix()
+
+    def _build_mix(self) -> None:
+        dim, groups = self.hidden_size_per_attention_head, self.num_query_groups_per_partition
+        self.query_heads_per_group = self.num_attention_heads_per_partition // groups
+        channels = groups * (self.query_heads_per_group + 1) * dim
+        k0, k1 = self.cca.conv_kernel_sizes
+        initial = self.cca.initial_temperature
+        zeros = torch.nn.init.zeros_
+        bias0, bias1 = (self.cca.conv_bias and on for on in (self.cca.conv0, self.cca.conv1))
+        self._register("conv0_weight", (channels, 1, k0), _uniform(k0), self.cca.conv0)
+        self._register("conv0_bias", (channels,), zeros, bias0)
+        self._register("conv1_weight", (channels, dim, k1), _uniform(dim * k1), self.cca.conv1)
+        self._register("conv1_bias", (channels,), zeros, bias1)
+        self._register("temperature", (groups,), lambda t: torch.nn.init.constant_(t, initial))
+
+        delay_from = None
+        if self.cca.value_shift:
+            # The delayed half is counted over the value channels of all ranks.
+            first = get_pg_rank(self.tp_group) * groups * dim
+            half = self.config.num_query_groups * dim // 2
+            delay_from = min(max(half - first, 0), groups * dim)
+        self._mix_options = MixOptions(
+            qk_mean=self.cca.qk_mean,
+            value_delay_from=delay_from,
+            temperature_form=self.cca.temperature,
+            rotary_interleaved=self.config.rotary_interleaved,
+        )
+
+    def _register(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        init: Callable[[Tensor], Any],
+        present: bool = True,
+    ) -> None:
+        """A parameter cut along axis 0 by tensor parallelism, initialised as Megatron's linears are."""
+        if not present:
+            self.register_parameter(name, None)
+            return
+        config = self.config
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        parameter = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+        self.register_parameter(name, parameter)
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+        if not config.perform_initialization:
+            return
+        if config.use_cpu_initialization:
+            # Every rank draws the whole tensor and keeps its part: the same model for every TP size.
+            whole = torch.empty(shape[0] * self.world_size, *shape[1:], dtype=torch.float)
+            init(whole)
+            parameter.data.copy_(whole.chunk(self.world_size)[get_pg_rank(self.tp_group)])
+        else:
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                init(parameter)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        key_value_states: Tensor | None = None,
+        inference_context: BaseInferenceContext | None = None,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        rotary_pos_cos: Tensor | None = None,
+        rotary_pos_sin: Tensor | None = None,
+        rotary_pos_cos_sin: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        sequence_len_offset: Tensor | int | None = None,
+        *,
+        inference_params: BaseInferenceContext | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, hidden] -> ([s, b, hidden], bias or None); s is this rank's share under SP.
+
+        Arguments are those of Megatron's ``Attention.forward``. With ``packed_seq_params`` in ``thd``
+        format b is 1, and convs, value shift, RoPE positions and attention respect the documents.
+
+        Raises:
+            NotImplementedError: an inference context is given.
+        """
+        if deprecate_inference_params(inference_context, inference_params) is not None:
+            raise NotImplementedError(
+                "CCASelfAttention has no inference context: cached generation needs the conv and "
+                "value-shift state beside the K/V cache. Evaluate with full sequences instead."
+            )
+        if self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]:
+            rotary_pos_emb = None
+
+        nvtx_range_push(suffix="qkv")
+        qkv_manager = off_interface(self.offload_qkv_linear, hidden_states, "qkv_linear")
+        with qkv_manager as hidden_states:
+            mixed = self._project(hidden_states)
+        mixed = qkv_manager.group_offload(mixed, forced_released_tensors=[])
+        nvtx_range_pop(suffix="qkv")
+
+        nvtx_range_push(suffix="cca_mix")
+        mix = self._mix_function(rotary_pos_emb, packed_seq_params)
+        recompute = None
+        if self.cca.recompute_mix and self.training:
+            recompute = tensor_parallel.CheckpointWithoutOutput(fp8=self.config.fp8)
+            query, key, value = recompute.checkpoint(mix, mixed)
+        else:
+            query, key, value = mix(mixed)
+        if packed_seq_params is not None:
+            query, key, value = (x.squeeze(1) for x in (query, key, value))
+        nvtx_range_pop(suffix="cca_mix")
+
+        nvtx_range_push(suffix="core_attention")
+        core_out = self._attend(
+            query, key, value, attention_mask, attention_bias, packed_seq_params
+        )
+        if recompute is not None:
+            recompute.discard_output_and_register_recompute(core_out)
+        nvtx_range_pop(suffix="core_attention")
+
+        nvtx_range_push(suffix="linear_proj")
+        proj_manager = off_interface(self.offload_attn_proj, core_out, "attn_proj")
+        with proj_manager as core_out:
+            output, bias = self.linear_proj(core_out)
+        output = proj_manager.group_offload(output, forced_released_tensors=[core_out])
+        nvtx_range_pop(suffix="linear_proj")
+        return output, bias
+
+    def _project(self, hidden_states: Tensor) -> Tensor:
+        """Latents of this rank's groups, [S, B, G, R+2, D]: R queries, key and value per group."""
+        mixed, _ = self.linear_qkv(hidden_states)
+        return mixed.unflatten(
+            -1,
+            (
+                self.num_query_groups_per_partition,
+                self.query_heads_per_group + 2,
+                self.hidden_size_per_attention_head,
+            ),
+        )
+
+    def _mix_function(
+        self,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """The mix as a function of the latents alone, as recomputation needs it."""
+        weights = MixWeights(
+            self.conv0_weight,
+            self.conv0_bias,
+            self.conv1_weight,
+            self.conv1_bias,
+            self.temperature,
+        )
+        cu_seqlens = _document_starts(packed_seq_params)
+        angles = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
+
+        def mix(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            rotary = None
+            if angles is not None:
+                rotary = self._cos_sin(angles, cu_seqlens, tokens=mixed.shape[0])
+            return cca_mix(
+                mixed,
+                weights,
+                self._mix_options,
+                rotary=rotary,
+                cu_seqlens=cu_seqlens if self.cca.reset_at_document_start else None,
+            )
+
+        return mix
+
+    def _cos_sin(
+        self, angles: Tensor, cu_seqlens: Tensor | None, tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin at each token from Megatron's table [positions, 1, 1, width]."""
+        if cu_seqlens is not None:
+            token = torch.arange(tokens, device=angles.device, dtype=cu_seqlens.dtype)
+            document = torch.searchsorted(cu_seqlens, token, right=True) - 1
+            # Padding after the last document may lie beyond the table; its rows are not used.
+            position = (token - cu_seqlens[document]).clamp(max=angles.shape[0] - 1)
+            angles = angles[position]
+        scale = self._yarn_concentration_factor
+        return angles.cos() * scale, angles.sin() * scale
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attention_bias: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> Tensor:
+        """Core attention with Megatron's recomputation and offloading; [S, B, query heads * D]."""
+        manager = off_interface(self.offload_core_attention and self.training, query, "core_attn")
+        with manager as query:
+            attend = (
+                self._checkpointed_attention_forward
+                if self.checkpoint_core_attention and self.training
+                else self._run_core_attention
+            )
+            out = attend(
+                query,
+                key,
+                value,
+                attention_mask,
+                attn_mask_type=self.attn_mask_type,
+                attention_bias=attention_bias,
+                packed_seq_params=packed_seq_params,
+            )
+        out = manager.group_offload(out, forced_released_tensors=[query, key, value])
+        if packed_seq_params is not None:
+            out = out.reshape(out.shape[0], 1, -1)
+        return out
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not available: without documents and positions, queries and keys are not defined in CCA."""
+        raise NotImplementedError("CCASelfAttention makes q, k and v in forward; call the module")
+
+    def clip_qk(self) -> None:
+        """Scale the temperature of groups whose logits exceeded ``qk_clip_threshold``.
+
+        Logits are proportional to tau, so scaling tau bounds them exactly and nothing else changes
+        (Megatron scales the rows of ``linear_qkv`` instead, which the norm of CCA would undo).
+
+        Raises:
+            ValueError: ``qk_clip`` is off, or no logits were recorded.
+            RuntimeError: the optimizer's main copy of the temperature is split over ranks.
+        """
+        if not self.config.qk_clip:
+            raise ValueError("qk_clip=False: enable qk_clip before calling clip_qk")
+        logits = self.core_attention.current_max_attn_logits
+        if logits is None:
+            raise ValueError("no attention logits were recorded: run a forward pass first")
+        group_max = logits.view(self.num_query_groups_per_partition, -1).amax(1)
+        shrink = (self.config.qk_clip_threshold / group_max).clamp(max=1.0)
+        copies = [self.temperature.data]
+        main = getattr(self.temperature, "main_param", None)
+        if main is not None:
+            if main.numel() != self.temperature.numel():
+                raise RuntimeError(
+                    "qk_clip with a distributed optimizer that splits the temperature of "
+                    f"layer {self.layer_number}: its main copy has {main.numel()} of "
+                    f"{self.temperature.numel()} values here. Run without --use-distributed-optimizer."
+                )
+            copies.append(main.data)
+        for copy in copies:
+            factor = shrink.to(copy.dtype).view_as(copy)
+            if self.cca.temperature == "exp":
+                copy.add_(factor.log())
+            else:
+                copy.mul_(factor)
+        self.core_attention.current_max_attn_logits = None
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Megatron's sharded state dict, with the mix's parameters cut along axis 0 over TP."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        own = dict(self.named_parameters(recurse=False))
+        sharded.update(
+            make_sharded_tensors_for_checkpoint(
+                own,
+                prefix,
+                dict.fromkeys(own, 0),
+                sharded_offsets,
+                tp_group=self.tp_group,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+        )
+        return sharded
+
+
+def _uniform(fan_in: int) -> Callable[[Tensor], Any]:
+    """PyTorch's default for convs, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): keeps the scale of the latents."""
+    bound = 1 / math.sqrt(fan_in)
+    return lambda weight: torch.nn.init.uniform_(weight, -bound, bound)
+
+
+def _document_starts(packed_seq_params: PackedSeqParams | None) -> Tensor | None:
+    """cu_seqlens in the layout of the token stream (padded, where documents are padded)."""
+    if packed_seq_params is None:
+        return None
+    if packed_seq_params.qkv_format != "thd":
+        raise ValueError(
+            f"packed_seq_params.qkv_format={packed_seq_params.qkv_format!r}: packed documents come in "
+            "'thd' format"
+        )
+    padded = packed_seq_params.cu_seqlens_q_padded
+    return packed_seq_params.cu_seqlens_q if padded is None else padded

@@ -1,0 +1,1 @@
+"""Core attention and, for context parallelism, layouts and boundary exchange."""

@@ -1,0 +1,300 @@
+"""Layer specs: how CCA gets into a Megatron model.
+
+Three ways in, one implementation:
+
+* ``cca_decoder_block_spec``, a function. ``--spec cca_megatron.specs cca_decoder_block_spec`` in a
+  Megatron training script; dense and MoE layers by ``moe_layer_freq``, pipeline slicing included.
+* ``cca_layer_spec_local``, ``cca_layer_spec_te``: ready objects, for scripts that take no function.
+* ``hybrid_cca_stack_spec``, ``hybrid_cca_stack_spec_local``: ready objects for ``HybridModel``, where the
+  layer pattern puts CCA wherever it says ``*``.
+
+Settings other than the default are bound in a module of your own::
+
+    cca_exp = functools.partial(cca_decoder_block_spec, cca=CCAConfig(temperature="exp"))
+"""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+try:
+    from cca_megatron._compat import (
+        HAVE_TE,
+        AttnMaskType,
+        HybridStack,
+        HybridStackSubmodules,
+        IdentityFuncOp,
+        IdentityOp,
+        MLPLayer,
+        ModuleSpec,
+        MoELayer,
+        MoETransformerLayer,
+        TESpecProvider,
+        TransformerBlockSubmodules,
+        TransformerConfig,
+        TransformerLayer,
+        TransformerLayerSubmodules,
+        get_gpt_decoder_block_spec,
+        get_gpt_decoder_layer_specs,
+        get_gpt_layer_local_submodules,
+        get_gpt_mtp_block_spec_for_backend,
+        get_num_layers_to_build,
+        get_pg_rank,
+        get_transformer_layer_offset,
+        hybrid_stack_spec,
+        log_single_rank,
+    )
+    from cca_megatron.attention import CCASelfAttention
+    from cca_megatron.local_backend import CCALocalSpecProvider, LocalNorm
+except ImportError as error:
+    # Megatron swallows an ImportError from a --spec module and then trains ordinary attention.
+    raise RuntimeError(
+        f"cca_megatron.specs cannot be used: {error}. Run: pip install cca-megatron"
+    ) from error
+
+from cca_megatron.config import CCAConfig, check_config
+
+logger = logging.getLogger(__name__)
+
+
+def cca_layer_spec(config: Any, cca: CCAConfig | None = None) -> ModuleSpec:
+    """One transformer layer with CCA, of the kind (dense or MoE) of the model's last layer.
+
+    Args:
+        config: a TransformerConfig, or Megatron's GPTModelConfig around one.
+        cca: the CCA settings; None means ``CCAConfig()``.
+
+    Raises:
+        ValueError: the settings do not fit together.
+        RuntimeError: the configuration wants Transformer Engine and it is not installed.
+    """
+    config = _transformer_config(config)
+    return _layer_specs(config, _wants_te(config), cca)[-1]
+
+
+def cca_decoder_block_spec(
+    config: Any,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+    cca: CCAConfig | None = None,
+) -> TransformerBlockSubmodules:
+    """The decoder layers of this pipeline stage, all with CCA, and the final norm.
+
+    Args:
+        config: a TransformerConfig, or Megatron's GPTModelConfig around one.
+        vp_stage: virtual pipeline stage; None without interleaving.
+        pp_rank: pipeline rank; None takes the current one.
+        cca: the CCA settings; None means ``CCAConfig()``.
+
+    Raises:
+        ValueError: the settings do not fit together.
+        RuntimeError: the configuration wants Transformer Engine and it is not installed.
+    """
+    config = _transformer_config(config)
+    use_te = _wants_te(config)
+    cca = _checked(config, cca)
+    block = get_gpt_decoder_block_spec(
+        config, use_te, config.normalization, vp_stage=vp_stage, pp_rank=pp_rank
+    )
+    layers = [_with_cca(layer, use_te, cca) for layer in block.layer_specs]
+    _announce(len(layers), use_te)
+    return TransformerBlockSubmodules(
+        layer_specs=layers, layer_norm=block.layer_norm if use_te else LocalNorm
+    )
+
+
+def cca_mtp_block_spec(
+    config: Any, vp_stage: int | None = None, cca: CCAConfig | None = None
+) -> Any:
+    """Multi-token prediction layers with CCA, or None where this stage has none.
+
+    Megatron's own builder gives them ordinary attention, whatever spec the decoder has.
+    """
+    config = _transformer_config(config)
+    if config.mtp_num_layers is None:
+        return None
+    backend = TESpecProvider() if _wants_te(config) else CCALocalSpecProvider()
+    layer = cca_layer_spec(config, cca)
+    return get_gpt_mtp_block_spec_for_backend(config, layer, backend, vp_stage=vp_stage)
+
+
+def cca_hybrid_stack_spec(use_te: bool, cca: CCAConfig | None = None) -> ModuleSpec:
+    """Megatron's hybrid stack with CCA wherever the layer pattern says attention (``*``).
+
+    Args:
+        use_te: build on Transformer Engine, with all of Megatron's layer kinds; otherwise on the local
+            backend, with attention, MLP (``-``) and MoE (``E``) layers.
+        cca: the CCA settings; None means ``CCAConfig()``.
+    """
+    cca = cca or CCAConfig()
+    if not use_te:
+        return ModuleSpec(module=_LocalHybridStack, submodules=_local_hybrid_submodules(cca))
+    if not HAVE_TE:  # the name must exist; building the stack says what is missing
+        return ModuleSpec(module=_HybridStack, submodules=HybridStackSubmodules())
+    submodules = hybrid_stack_spec.submodules
+    attention = submodules.attention_layer
+    with_cca = replace(attention, submodules=_replace_attention(attention.submodules, cca))
+    return ModuleSpec(module=_HybridStack, submodules=replace(submodules, attention_layer=with_cca))
+
+
+def _transformer_config(config: Any) -> TransformerConfig:
+    """Megatron's model builder passes its GPTModelConfig, other callers the TransformerConfig."""
+    return getattr(config, "transformer", config)
+
+
+def _checked(config: TransformerConfig, cca: CCAConfig | None) -> CCAConfig:
+    cca = cca or CCAConfig()
+    check_config(config, cca)
+    return cca
+
+
+def _wants_te(config: TransformerConfig) -> bool:
+    if config.transformer_impl not in ("transformer_engine", "local"):
+        raise ValueError(
+            f"transformer_impl={config.transformer_impl!r}: CCA has 'transformer_engine' and 'local'"
+        )
+    use_te = config.transformer_impl == "transformer_engine"
+    if use_te:
+        _require_te("--transformer-impl local")
+    return use_te
+
+
+def _require_te(alternative: str) -> None:
+    if not HAVE_TE:
+        raise RuntimeError(
+            "Transformer Engine is asked for and not installed. Run: pip install 'cca-megatron[te]' "
+            f"(it needs an NVIDIA GPU), or use {alternative}"
+        )
+
+
+def _layer_specs(
+    config: TransformerConfig, use_te: bool, cca: CCAConfig | None
+) -> list[ModuleSpec]:
+    """All layers of the model, dense and MoE as ``moe_layer_freq`` says."""
+    cca = _checked(config, cca)
+    layers = get_gpt_decoder_layer_specs(config, use_te, config.normalization)
+    return [_with_cca(layer, use_te, cca) for layer in layers]
+
+
+def _with_cca(layer: ModuleSpec, use_te: bool, cca: CCAConfig) -> ModuleSpec:
+    """Megatron's layer with its attention replaced, and on the local backend its norms."""
+    submodules = _replace_attention(layer.submodules, cca)
+    return replace(layer, submodules=submodules if use_te else _localize(submodules))
+
+
+def _replace_attention(
+    submodules: TransformerLayerSubmodules, cca: CCAConfig
+) -> TransformerLayerSubmodules:
+    # CCA has a norm of its own, and Megatron refuses one that its settings do not ask for.
+    linears = replace(submodules.self_attention.submodules, q_layernorm=None, k_layernorm=None)
+    attention = ModuleSpec(
+        module=CCASelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal, "cca": cca},
+        submodules=linears,
+    )
+    return replace(submodules, self_attention=attention)
+
+
+def _localize(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    """Put the local backend's norms and core attention into a layer of Megatron's local backend."""
+    attention = submodules.self_attention
+    linears = replace(attention.submodules, core_attention=CCALocalSpecProvider().core_attention())
+    # In checkpoints a norm is named as Transformer Engine names it, fused into the linear after it, so
+    # that what one backend saved the other loads. A MoE layer has no such linear.
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if getattr(submodules.mlp, "func", None) is not MoELayer:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return replace(
+        submodules,
+        input_layernorm=LocalNorm,
+        self_attention=replace(attention, submodules=linears),
+        pre_mlp_layernorm=LocalNorm,
+        sharded_state_dict_keys_map=names,
+    )
+
+
+def _announce(layers: int, use_te: bool) -> None:
+    backend = "Transformer Engine" if use_te else "local"
+    # Megatron's log shows warnings and worse unless told otherwise, and this line must be seen.
+    log_single_rank(logger, logging.WARNING, f"CCA attention: {layers} layers, {backend} backend")
+
+
+class _ReadyLayer(TransformerLayer):
+    """The layer of a ready object: takes its parts from the configuration that it is built with."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        layer_number: int = 1,
+        *,
+        use_te: bool,
+        **kwargs: Any,
+    ):
+        if use_te:
+            _require_te("cca_layer_spec_local")
+        vp_stage, pp_rank = kwargs.get("vp_stage"), get_pg_rank(kwargs["pg_collection"].pp)
+        if layer_number == 1:
+            _announce(get_num_layers_to_build(config, vp_stage, pp_rank), use_te)
+        offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
+        spec = _layer_specs(config, use_te, cca=None)[offset + layer_number - 1]
+        super().__init__(config, spec.submodules, layer_number, **kwargs)
+
+
+class _HybridStack(HybridStack):
+    """Megatron's hybrid stack, saying in the log how many of its layers are CCA."""
+
+    use_te = True
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
+        if self.use_te:
+            _require_te("hybrid_cca_stack_spec_local")
+        super().__init__(config, *args, **kwargs)
+        attentions = [m for m in self.modules() if isinstance(m, CCASelfAttention)]
+        _announce(len(attentions), self.use_te)
+
+
+class _LocalHybridStack(_HybridStack):
+    """The same with a final norm that needs no Transformer Engine."""
+
+    use_te = False
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
+        post_layer_norm = kwargs.pop("post_layer_norm", True)
+        super().__init__(config, *args, post_layer_norm=False, **kwargs)
+        self.post_layer_norm = post_layer_norm
+        if self.post_process and post_layer_norm:
+            self.final_norm = LocalNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+
+def _local_hybrid_submodules(cca: CCAConfig) -> HybridStackSubmodules:
+    """Attention, MLP and MoE each as a layer of its own, cut from Megatron's local layer."""
+
+    def part(*drop: str, num_experts: int | None = None) -> TransformerLayerSubmodules:
+        whole = get_gpt_layer_local_submodules(num_experts=num_experts)
+        layer = _localize(_replace_attention(whole, cca))
+        identities = {name: IdentityFuncOp if "bda" in name else IdentityOp for name in drop}
+        return replace(layer, **identities)
+
+    attention = ("input_layernorm", "self_attention", "self_attn_bda")
+    mlp = ("pre_mlp_layernorm", "mlp", "mlp_bda")
+    return HybridStackSubmodules(
+        attention_layer=ModuleSpec(module=TransformerLayer, submodules=part(*mlp)),
+        mlp_layer=ModuleSpec(module=MLPLayer, submodules=part(*attention)),
+        # The number of experts comes from the configuration; here it only has to be one.
+        moe_layer=ModuleSpec(
+            module=MoETransformerLayer, submodules=part(*attention, num_experts=1)
+        ),
+    )
+
+
+def _ready_layer(use_te: bool) -> ModuleSpec:
+    return ModuleSpec(
+        module=_ReadyLayer, submodules=TransformerLayerSubmodules(), params={"use_te": use_te}
+    )
+
+
+cca_layer_spec_te = _ready_layer(use_te=True)
+cca_layer_spec_local = _ready_layer(use_te=False)
+hybrid_cca_stack_spec = cca_hybrid_stack_spec(use_te=True)
+hybrid_cca_stack_spec_local = cca_hybrid_stack_spec(use_te=False)

@@ -1,0 +1,116 @@
+"""Command-line arguments of our entry: Megatron's own, the CCA settings, and defaults that fit the machine."""
+
+import argparse
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import Field, fields
+from typing import Any
+
+from megatron.training.argument_utils import ArgumentGroupFactory
+
+from cca_megatron._compat import HAVE_TE
+from cca_megatron.config import CCAConfig, config_problems
+from cca_megatron.training.device import Device
+
+_PREFIX = "cca_"
+
+# What runs without Transformer Engine and Apex: no fused kernels, the local modules.
+_LOCAL_DEFAULTS = {
+    "transformer_impl": "local",
+    "no_persist_layer_norm": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+}
+# What runs without a GPU. The fusions left are torch.compile's, which the CPU backend turns off.
+_CPU_DEFAULTS = {
+    **_LOCAL_DEFAULTS,
+    "distributed_backend": "gloo",
+    "use_cpu_initialization": True,
+    "bias_dropout_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+}
+
+
+def add_arguments(device: Device) -> Callable[[ArgumentParser], ArgumentParser]:
+    """Megatron's ``extra_args_provider``: the CCA settings, and defaults for this device.
+
+    An argument that is given always wins over a default.
+    """
+
+    def provider(parser: ArgumentParser) -> ArgumentParser:
+        _CCAArguments(CCAConfig).build_group(parser, "compressed convolutional attention")
+        # CCA is causal: a mask would be built, moved and ignored for every sample.
+        parser.set_defaults(create_attention_mask_in_dataloader=False)
+        if device == "cpu":
+            parser.set_defaults(**_CPU_DEFAULTS)
+        elif not HAVE_TE:
+            parser.set_defaults(**_LOCAL_DEFAULTS)
+        return parser
+
+    return provider
+
+
+class _CCAArguments(ArgumentGroupFactory):
+    """Megatron's own generator of arguments from a dataclass, with a prefix: ``--cca-temperature``."""
+
+    def _format_arg_name(self, config_attr_name: str, prefix: str | None = None) -> str:
+        return super()._format_arg_name(_PREFIX + config_attr_name, prefix)
+
+    def _extract_type(self, config_type: Any) -> dict[str, Any]:
+        if config_type == tuple[int, int]:
+            return {"type": int, "nargs": 2}
+        return super()._extract_type(config_type)
+
+    def _build_argparse_kwargs_from_field(self, attribute: Field) -> dict[str, Any]:  # type: ignore[type-arg]
+        kwargs = super()._build_argparse_kwargs_from_field(attribute)
+        kwargs["dest"] = _PREFIX + attribute.name
+        return kwargs
+
+
+def cca_config_from_args(args: Namespace) -> CCAConfig:
+    """The CCA settings among parsed arguments."""
+    return CCAConfig(**{f.name: getattr(args, _PREFIX + f.name) for f in fields(CCAConfig)})
+
+
+def argument_problems(args: Namespace) -> list[str]:
+    """What keeps these parsed arguments from training CCA: one message each, empty if nothing does."""
+    problems = []
+    if not args.group_query_attention and args.num_query_groups != 1:
+        problems.append(
+            f"num_query_groups={args.num_query_groups}: Megatron ignores it without "
+            "--group-query-attention; add that flag"
+        )
+    settings = argparse.Namespace(**vars(args))
+    if not args.group_query_attention:
+        settings.num_query_groups = None
+    problems += config_problems(settings, cca_config_from_args(args))
+    problems += [message for condition, message in _entry_rules(args) if condition]
+    return problems
+
+
+def _entry_rules(args: Namespace) -> list[tuple[bool, str]]:
+    packed = args.dataloader_inter_document_masking
+    return [
+        (
+            args.spec is not None,
+            f"spec={args.spec}: this entry builds CCA by itself; drop --spec, or pass it to Megatron's "
+            "own pretrain_gpt.py",
+        ),
+        (
+            args.sft or args.fim_data,
+            "sft and fim_data: this entry reads pretraining data; use Megatron's own pretrain_gpt.py "
+            "with --spec cca_megatron.specs cca_decoder_block_spec",
+        ),
+        (
+            args.reset_attention_mask or args.reset_position_ids,
+            "reset_attention_mask, reset_position_ids: Megatron carries them in a mask that causal "
+            "attention ignores; --dataloader-inter-document-masking keeps documents apart",
+        ),
+        (
+            packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1,
+            f"micro_batch_size={args.micro_batch_size} with dataloader_inter_document_masking: Megatron's "
+            "pipeline sends packed micro-batches in the wrong shape; micro_batch_size=1 works",
+        ),
+    ]

@@ -1,0 +1,211 @@
+"""Data and loss of one training step, as Megatron's loop asks for them."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.utils import (
+    StragglerDetector,
+    flatten_batch_for_packed_sequences,
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+    get_model_config,
+)
+from megatron.training import get_args, get_timers
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from torch import Tensor
+
+from cca_megatron._compat import PackedSeqParams
+
+_SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+_BATCH_KEYS = (
+    *_SEQUENCE_KEYS,
+    "cu_seqlens",
+    "cu_seqlens_padded",
+    "max_seqlen",
+    "local_cp_size",
+    "hybrid_cp_group",
+)
+_SPIKE_FACTOR = 10
+"""A loss this many times the largest seen is reported, if ``check_for_spiky_loss`` is on."""
+
+_straggler = StragglerDetector()
+
+
+def build_datasets(num_samples: list[int | None], vp_stage: int | None = None) -> tuple[Any, ...]:
+    """Megatron's training, validation and test datasets, from ``--data-path`` or ``--mock-data``.
+
+    Args:
+        num_samples: samples to draw for each; None means one pass.
+        vp_stage: virtual pipeline stage.
+    """
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        context_parallel_size=args.context_parallel_size,
+        inter_document_masking=args.dataloader_inter_document_masking,
+    )
+    dataset_type = MockGPTDataset if args.mock_data else GPTDataset
+    is_built_here = partial(_reads_data, vp_stage)
+    builder = BlendedMegatronDatasetBuilder(dataset_type, num_samples, is_built_here, config)
+    return builder.build()
+
+
+# Megatron then builds the datasets on the ranks that need them, instead of on rank 0 alone.
+build_datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
+def _reads_data(vp_stage: int | None) -> bool:
+    """Only one rank of a tensor-parallel group reads, and only stages that use tokens or documents."""
+    needed = (
+        is_first_or_last_pipeline_stage(vp_stage) or get_args().dataloader_inter_document_masking
+    )
+    return needed and mpu.get_tensor_model_parallel_rank() == 0
+
+
+def forward_step(
+    data_iterator: Iterator[dict[str, Tensor]],
+    model: torch.nn.Module,
+    return_schedule_plan: bool = False,
+) -> tuple[Any, partial[Any]]:
+    """One micro-batch through the model: its output, and the loss as a function of the output."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    with _straggler(bdata=True):
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch, packed_seq_params = _next_batch(data_iterator, get_model_config(model), vp_stage)
+    timers("batch-generator").stop()
+    tokens, labels, loss_mask, positions, mask = (batch[key] for key in _SEQUENCE_KEYS)
+    # Megatron overlaps expert communication by running a plan of the model instead of the model.
+    run = model.build_schedule_plan if return_schedule_plan else model
+    with _straggler:
+        output = run(
+            tokens,
+            positions,
+            mask,
+            labels=labels,
+            loss_mask=loss_mask,
+            packed_seq_params=packed_seq_params,
+        )
+    return output, partial(loss_function, loss_mask)
+
+
+def loss_function(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the masked token losses, the number of tokens in it, and both for the log."""
+    args = get_args()
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(output.view(-1).float() * mask)
+    num_tokens = mask.sum().to(torch.int)
+    machine = get_rerun_state_machine()
+    checks: list[tuple[bool, Any, str, bool]] = [
+        (args.check_for_nan_in_loss_and_grad, torch.isnan, "NaN in the loss", True),
+        (args.check_for_nan_in_loss_and_grad, torch.isinf, "infinity in the loss", True),
+        (
+            args.check_for_spiky_loss,
+            partial(machine.is_unexpectedly_large, threshold=_SPIKE_FACTOR, context="loss"),
+            "spike in the loss",
+            False,
+        ),
+    ]
+    for wanted, is_bad, message, fatal in checks:
+        if wanted:
+            machine.validate_result(
+                result=loss, rejection_func=is_bad, message=message, tolerance=0.0, fatal=fatal
+            )
+    report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
+    return loss, num_tokens, {"lm loss": report}
+
+
+def _next_batch(
+    data_iterator: Iterator[dict[str, Tensor]], config: Any, vp_stage: int | None
+) -> tuple[dict[str, Tensor | None], PackedSeqParams | None]:
+    """This rank's share of the next micro-batch; None for what its pipeline stage does not need."""
+    args = get_args()
+    packed = args.dataloader_inter_document_masking
+    has_mtp = mtp_on_this_rank(
+        layout=config.pipeline_model_parallel_layout,
+        mtp_num_layers=config.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+    uses_tokens = is_first_or_last_pipeline_stage(vp_stage) or has_mtp
+    if not uses_tokens and not packed:
+        return dict.fromkeys(_BATCH_KEYS), None
+
+    tp_rank = mpu.get_tensor_model_parallel_rank()
+    batch: dict[str, Any] = {}
+    if tp_rank == 0:
+        sample = next(data_iterator)
+        batch = {
+            key: None if sample.get(key) is None else sample[key].cuda(non_blocking=True)
+            for key in _BATCH_KEYS
+        }
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        has_cu_seqlens=packed,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=has_mtp,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    batch = flatten_batch_for_packed_sequences(batch)
+    packed_seq_params = _packed_seq_params(batch) if packed else None
+    if not uses_tokens:
+        return dict.fromkeys(_BATCH_KEYS), packed_seq_params
+    batch = get_batch_on_this_cp_rank(
+        batch,
+        is_hybrid_cp=False,
+        cp_group=mpu.get_context_parallel_group(),
+        use_per_sequence_balancing=packed,
+    )
+    return batch, packed_seq_params
+
+
+def _packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams:
+    cu_seqlens = batch["cu_seqlens"].squeeze(0)
+    update_seqlen_stats_from_cu_seqlens(cu_seqlens)
+    longest = int(batch["max_seqlen"].item())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

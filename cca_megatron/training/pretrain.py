@@ -1,0 +1,51 @@
+"""What torchrun starts: Megatron's own ``pretrain`` with a CCA model.
+
+    torchrun --nproc-per-node 8 -m cca_megatron.training.pretrain --num-layers 24 ...
+
+takes every Megatron argument and the ``--cca-*`` settings. ``cca-megatron train RECIPE`` writes this
+command line; ``--print-args`` shows it.
+"""
+
+import os
+import sys
+import time
+
+PROGRAM_START = time.time()
+
+
+def main() -> None:
+    """Parse the arguments and train."""
+    from cca_megatron.training.device import describe, select_device
+
+    device = select_device()
+    if os.environ.get("RANK", "0") == "0":
+        print(describe(device), flush=True)
+    # Megatron asks for it with tensor or context parallelism before Blackwell; a user's value wins.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if device == "cpu":
+        from cca_megatron.training import cpu_backend
+
+        cpu_backend.install()
+
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain, set_startup_timestamps
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from cca_megatron.training.arguments import add_arguments
+    from cca_megatron.training.batch import build_datasets, forward_step
+    from cca_megatron.training.model import model_config_from_args
+
+    set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
+    args = parse_and_validate_args(extra_args_provider=add_arguments(device))
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config_from_args(args)),
+        build_datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+
+
+# The guard matters: saving a checkpoint spawns processes, which import this module again.
+if __name__ == "__main__":
+    sys.exit(main())
