@@ -185,9 +185,7 @@ class CCASelfAttention(SelfAttention):
         nvtx_range_pop(suffix="cca_mix")
 
         nvtx_range_push(suffix="core_attention")
-        core_out = self._attend(
-            query, key, value, attention_mask, attention_bias, packed_seq_params
-        )
+        core_out = self._attend(query, key, value, attention_mask, attention_bias, packed_seq_params)
         if recompute is not None:
             recompute.discard_output_and_register_recompute(core_out)
         nvtx_range_pop(suffix="core_attention")
@@ -242,9 +240,7 @@ class CCASelfAttention(SelfAttention):
 
         return mix
 
-    def _cos_sin(
-        self, angles: Tensor, cu_seqlens: Tensor | None, tokens: int
-    ) -> tuple[Tensor, Tensor]:
+    def _cos_sin(self, angles: Tensor, cu_seqlens: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
         """cos and sin at each token from Megatron's table [positions, 1, 1, width]."""
         if cu_seqlens is not None:
             token = torch.arange(tokens, device=angles.device, dtype=cu_seqlens.dtype)

@@ -93,9 +93,7 @@ def preset_names() -> tuple[str, ...]:
     return tuple(_PRESETS)
 
 
-def preset(
-    name: str, hidden_size: int = 2048, head_dim: int = 128
-) -> tuple[dict[str, int], CCAConfig]:
+def preset(name: str, hidden_size: int = 2048, head_dim: int = 128) -> tuple[dict[str, int], CCAConfig]:
     """Latent heads of a published shape, for any hidden size.
 
     Args:
@@ -152,18 +150,14 @@ def _own_problems(cca: CCAConfig) -> list[str]:
     problems = []
     sizes = cca.conv_kernel_sizes
     if not isinstance(sizes, tuple) or len(sizes) != 2:
-        problems.append(
-            f"conv_kernel_sizes={sizes!r}: must be two sizes, conv0's and conv1's; (2, 2) works"
-        )
+        problems.append(f"conv_kernel_sizes={sizes!r}: must be two sizes, conv0's and conv1's; (2, 2) works")
     elif not all(type(size) is int and size >= 1 for size in sizes):
         problems.append(
             f"conv_kernel_sizes={sizes!r}: each must be a whole number of at least 1; (2, 2) works "
             "(conv0=False or conv1=False turns one off)"
         )
     if cca.temperature not in get_args(TemperatureForm):
-        problems.append(
-            f"temperature={cca.temperature!r}: must be 'linear' or 'exp'; 'linear' works"
-        )
+        problems.append(f"temperature={cca.temperature!r}: must be 'linear' or 'exp'; 'linear' works")
     init = cca.temperature_init
     if init is not None and not (isinstance(init, int | float) and math.isfinite(init)):
         problems.append(f"temperature_init={init!r}: must be a finite number; None works")
@@ -248,9 +242,7 @@ def _conflicts(config: Any) -> list[str]:
     ]
     variant = getattr(config, "experimental_attention_variant", None)
     if variant is not None:
-        problems.append(
-            f"experimental_attention_variant={variant!r}: CCA is chosen by its spec; None works"
-        )
+        problems.append(f"experimental_attention_variant={variant!r}: CCA is chosen by its spec; None works")
     context_parallel = getattr(config, "context_parallel_size", 1)
     if context_parallel > 1:
         problems.append(

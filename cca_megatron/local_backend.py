@@ -40,7 +40,8 @@ class LocalNorm(torch.nn.Module):
 
     def forward(self, x: Tensor, /) -> Tensor:
         """[..., hidden_size] -> the same shape, in the dtype of the weight."""
-        x, weight = x.to(self.weight.dtype), self.weight
+        weight: Tensor = self.weight
+        x = x.to(weight.dtype)
         if self.weight_offset:
             weight = weight + self.weight_offset
         if self.bias is None:

@@ -103,9 +103,7 @@ def cca_decoder_block_spec(
     )
 
 
-def cca_mtp_block_spec(
-    config: Any, vp_stage: int | None = None, cca: CCAConfig | None = None
-) -> Any:
+def cca_mtp_block_spec(config: Any, vp_stage: int | None = None, cca: CCAConfig | None = None) -> Any:
     """Multi-token prediction layers with CCA, or None where this stage has none.
 
     Megatron's own builder gives them ordinary attention, whatever spec the decoder has.
@@ -167,9 +165,7 @@ def _require_te(alternative: str) -> None:
         )
 
 
-def _layer_specs(
-    config: TransformerConfig, use_te: bool, cca: CCAConfig | None
-) -> list[ModuleSpec]:
+def _layer_specs(config: TransformerConfig, use_te: bool, cca: CCAConfig | None) -> list[ModuleSpec]:
     """All layers of the model, dense and MoE as ``moe_layer_freq`` says."""
     cca = _checked(config, cca)
     layers = get_gpt_decoder_layer_specs(config, use_te, config.normalization)
@@ -182,9 +178,7 @@ def _with_cca(layer: ModuleSpec, use_te: bool, cca: CCAConfig) -> ModuleSpec:
     return replace(layer, submodules=submodules if use_te else _localize(submodules))
 
 
-def _replace_attention(
-    submodules: TransformerLayerSubmodules, cca: CCAConfig
-) -> TransformerLayerSubmodules:
+def _replace_attention(submodules: TransformerLayerSubmodules, cca: CCAConfig) -> TransformerLayerSubmodules:
     # CCA has a norm of its own, and Megatron refuses one that its settings do not ask for.
     linears = replace(submodules.self_attention.submodules, q_layernorm=None, k_layernorm=None)
     attention = ModuleSpec(
@@ -282,16 +276,12 @@ def _local_hybrid_submodules(cca: CCAConfig) -> HybridStackSubmodules:
         attention_layer=ModuleSpec(module=TransformerLayer, submodules=part(*mlp)),
         mlp_layer=ModuleSpec(module=MLPLayer, submodules=part(*attention)),
         # The number of experts comes from the configuration; here it only has to be one.
-        moe_layer=ModuleSpec(
-            module=MoETransformerLayer, submodules=part(*attention, num_experts=1)
-        ),
+        moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=part(*attention, num_experts=1)),
     )
 
 
 def _ready_layer(use_te: bool) -> ModuleSpec:
-    return ModuleSpec(
-        module=_ReadyLayer, submodules=TransformerLayerSubmodules(), params={"use_te": use_te}
-    )
+    return ModuleSpec(module=_ReadyLayer, submodules=TransformerLayerSubmodules(), params={"use_te": use_te})
 
 
 cca_layer_spec_te = _ready_layer(use_te=True)

@@ -4,6 +4,8 @@ Megatron's own ``DotProductAttention`` materialises an S x S score matrix, and t
 documents nor context parallelism. Where Transformer Engine is installed, its module is used instead.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -58,9 +60,7 @@ class LocalCoreAttention(MegatronModule):
             )
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        has_window = is_layer_window_attention(
-            config.window_size, config.window_attn_skip_freq, layer_number
-        )
+        has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         left = config.window_size[0] if has_window and config.window_size else -1
         self.window: int | None = None if left < 0 else left
 
@@ -111,7 +111,7 @@ class LocalCoreAttention(MegatronModule):
         ends = cu_seqlens.tolist()
         documents = [
             self._attend(*(x[:, :, start:end] for x in (q, k, v)))
-            for start, end in zip(ends[:-1], ends[1:], strict=True)
+            for start, end in pairwise(ends)
             if end > start
         ]
         padding = q.new_zeros(*q.shape[:2], q.shape[2] - ends[-1], v.shape[-1])

@@ -63,7 +63,7 @@ class _CCAArguments(ArgumentGroupFactory):
             return {"type": int, "nargs": 2}
         return super()._extract_type(config_type)
 
-    def _build_argparse_kwargs_from_field(self, attribute: Field) -> dict[str, Any]:  # type: ignore[type-arg]
+    def _build_argparse_kwargs_from_field(self, attribute: Field[Any]) -> dict[str, Any]:
         kwargs = super()._build_argparse_kwargs_from_field(attribute)
         kwargs["dest"] = _PREFIX + attribute.name
         return kwargs

@@ -86,9 +86,7 @@ build_datasets.is_distributed = True  # type: ignore[attr-defined]
 
 def _reads_data(vp_stage: int | None) -> bool:
     """Only one rank of a tensor-parallel group reads, and only stages that use tokens or documents."""
-    needed = (
-        is_first_or_last_pipeline_stage(vp_stage) or get_args().dataloader_inter_document_masking
-    )
+    needed = is_first_or_last_pipeline_stage(vp_stage) or get_args().dataloader_inter_document_masking
     return needed and mpu.get_tensor_model_parallel_rank() == 0
 
 
@@ -106,7 +104,7 @@ def forward_step(
     timers("batch-generator").stop()
     tokens, labels, loss_mask, positions, mask = (batch[key] for key in _SEQUENCE_KEYS)
     # Megatron overlaps expert communication by running a plan of the model instead of the model.
-    run = model.build_schedule_plan if return_schedule_plan else model
+    run: Any = model.build_schedule_plan if return_schedule_plan else model
     with _straggler:
         output = run(
             tokens,
@@ -147,7 +145,7 @@ def loss_function(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, di
 
 def _next_batch(
     data_iterator: Iterator[dict[str, Tensor]], config: Any, vp_stage: int | None
-) -> tuple[dict[str, Tensor | None], PackedSeqParams | None]:
+) -> tuple[dict[str, Any], PackedSeqParams | None]:
     """This rank's share of the next micro-batch; None for what its pipeline stage does not need."""
     args = get_args()
     packed = args.dataloader_inter_document_masking

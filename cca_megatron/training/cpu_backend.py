@@ -16,11 +16,21 @@ from typing import Any
 
 import torch
 
+# fmt: off
 _FACTORIES = (
-    "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like rand "
-    "rand_like randint randn randn_like randperm tensor zeros zeros_like"
-).split()
-_NEW = "new_empty new_full new_ones new_tensor new_zeros".split()
+    "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like",
+    "linspace", "ones", "ones_like", "rand", "rand_like", "randint", "randn", "randn_like",
+    "randperm", "tensor", "zeros", "zeros_like",
+)
+_METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
+_CUDA_NOTHING = (
+    "empty_cache", "reset_peak_memory_stats", "set_device", "set_per_process_memory_fraction",
+    "set_stream", "synchronize",
+)
+_CUDA_ZERO = (
+    "max_memory_allocated", "max_memory_reserved", "memory_allocated", "memory_reserved",
+)
+# fmt: on
 
 
 def install() -> None:
@@ -28,7 +38,7 @@ def install() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling for seconds to save milliseconds
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    for name in _NEW:
+    for name in _METHODS:
         setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
     _patch_tensor()
     _patch_cuda()
@@ -116,12 +126,9 @@ class _Stream:
 
 def _patch_cuda() -> None:
     cuda: Any = torch.cuda
-    for name in (
-        "empty_cache reset_peak_memory_stats set_device set_stream synchronize "
-        "set_per_process_memory_fraction"
-    ).split():
+    for name in _CUDA_NOTHING:
         setattr(cuda, name, _returning())
-    for name in "max_memory_allocated max_memory_reserved memory_allocated memory_reserved".split():
+    for name in _CUDA_ZERO:
         setattr(cuda, name, _returning(0))
     for module in (cuda, cuda.random):
         module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()

@@ -65,13 +65,9 @@ class CCAModelBuilder(GPTModelBuilder):
             return super().build_model(pg_collection, pre_process, post_process, vp_stage)
         vp_size = config.virtual_pipeline_model_parallel_size
         if pre_process is None:
-            pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(
-                pg_collection.pp
-            )
+            pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(pg_collection.pp)
         if post_process is None:
-            post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(
-                pg_collection.pp
-            )
+            post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(pg_collection.pp)
         vocab_size = config.vocab_size
         if config.should_pad_vocab:
             vocab_size = calculate_padded_vocab_size(

@@ -7,7 +7,6 @@ command line; ``--print-args`` shows it.
 """
 
 import os
-import sys
 import time
 
 PROGRAM_START = time.time()
@@ -48,4 +47,4 @@ def main() -> None:
 
 # The guard matters: saving a checkpoint spawns processes, which import this module again.
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

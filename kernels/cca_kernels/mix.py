@@ -6,9 +6,7 @@ from torch import Tensor
 
 from cca_kernels.reference import Boundary, MixOptions, MixWeights, cca_mix_reference
 
-_BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
-    "reference": cca_mix_reference
-}
+_BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {"reference": cca_mix_reference}
 
 
 def available_backends() -> tuple[str, ...]:
@@ -38,9 +36,7 @@ def cca_mix(
     name = "reference" if backend == "auto" else backend
     if name not in _BACKENDS:
         raise ValueError(f"backend={backend!r} is not available; use one of {('auto', *_BACKENDS)}")
-    return _BACKENDS[name](
-        mixed, weights, options, rotary=rotary, cu_seqlens=cu_seqlens, boundary=boundary
-    )
+    return _BACKENDS[name](mixed, weights, options, rotary=rotary, cu_seqlens=cu_seqlens, boundary=boundary)
 
 
 def _check(
@@ -52,9 +48,7 @@ def _check(
     boundary: Boundary | None,
 ) -> None:
     if mixed.dim() != 5 or mixed.shape[3] < 3:
-        raise ValueError(
-            f"mixed has shape {tuple(mixed.shape)}; it must be [S, B, G, R+2, D] with R >= 1"
-        )
+        raise ValueError(f"mixed has shape {tuple(mixed.shape)}; it must be [S, B, G, R+2, D] with R >= 1")
     tokens, batch, groups, heads, dim = mixed.shape
     channels = groups * (heads - 1) * dim
     k0, k1 = weights.kernel_sizes

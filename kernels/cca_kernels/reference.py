@@ -44,8 +44,7 @@ class MixWeights(NamedTuple):
     def kernel_sizes(self) -> tuple[int, int]:
         """(K0, K1); a conv that is off counts as one tap."""
         k0, k1 = (
-            1 if weight is None else weight.shape[-1]
-            for weight in (self.conv0_weight, self.conv1_weight)
+            1 if weight is None else weight.shape[-1] for weight in (self.conv0_weight, self.conv1_weight)
         )
         return k0, k1
 
@@ -145,16 +144,12 @@ def _convolve(
     """Both convs over [S, B, G, R+1, D], causal, padded once before the first (section 3.2)."""
     rows = weights.boundary_rows
     tokens, batch, *head_shape = latents.shape
-    stream, position = _insert_rows(
-        latents, rows, None if boundary is None else boundary.latents, cu_seqlens
-    )
+    stream, position = _insert_rows(latents, rows, None if boundary is None else boundary.latents, cu_seqlens)
     x = stream.flatten(2).permute(1, 2, 0)  # [B, C, stream]
     if weights.conv0_weight is not None:
         x = F.conv1d(x, weights.conv0_weight, weights.conv0_bias, groups=x.shape[1])
     if weights.conv1_weight is not None:
-        x = F.conv1d(
-            x, weights.conv1_weight, weights.conv1_bias, groups=x.shape[1] // latents.shape[-1]
-        )
+        x = F.conv1d(x, weights.conv1_weight, weights.conv1_bias, groups=x.shape[1] // latents.shape[-1])
     # Outputs at inserted rows mix segments; they are computed and never read.
     return x.permute(2, 0, 1)[position - rows].view(tokens, batch, *head_shape)
 
