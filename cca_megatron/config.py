@@ -88,6 +88,10 @@ _PRESETS = {
 }
 
 
+PRESET_HIDDEN_SIZE, PRESET_HEAD_DIM = 2048, 128
+"""The sizes of ZAYA1-8B."""
+
+
 def preset_names() -> tuple[str, ...]:
     """Names that :func:`preset` accepts."""
     return tuple(_PRESETS)

@@ -1,4 +1,4 @@
-"""Command-line arguments of our entry: Megatron's own, the CCA settings, and defaults that fit the machine."""
+"""Arguments of our entry: Megatron's own, the CCA settings, and defaults that fit the machine."""
 
 import argparse
 from argparse import ArgumentParser, Namespace
@@ -109,8 +109,26 @@ def _entry_rules(args: Namespace) -> list[tuple[bool, str]]:
             "attention ignores; --dataloader-inter-document-masking keeps documents apart",
         ),
         (
+            not 0 <= _warmup(args) < _decay(args),
+            f"learning-rate warm-up of {_warmup(args):g} and decay over {_decay(args):g}: the warm-up must "
+            "end before the decay does; lr-warmup-fraction=0.05 works for any length",
+        ),
+        (
             packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1,
             f"micro_batch_size={args.micro_batch_size} with dataloader_inter_document_masking: Megatron's "
             "pipeline sends packed micro-batches in the wrong shape; micro_batch_size=1 works",
         ),
     ]
+
+
+def _decay(args: Namespace) -> float:
+    """Length of the learning-rate schedule, in iterations or samples."""
+    if args.train_samples is not None:
+        return args.lr_decay_samples or args.train_samples
+    return args.lr_decay_iters or args.train_iters or float("inf")
+
+
+def _warmup(args: Namespace) -> float:
+    if args.lr_warmup_fraction is not None:
+        return args.lr_warmup_fraction * _decay(args)
+    return args.lr_warmup_samples if args.train_samples is not None else args.lr_warmup_iters

@@ -164,14 +164,11 @@ def _patch_distributed() -> None:
 
 
 def _patch_megatron() -> None:
-    from megatron.core.datasets import utils as dataset_utils
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # The wheel ships this helper compiled and without the Makefile to compile it.
-    dataset_utils.compile_helpers = _returning()
 
     def splits_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         # Megatron's own turns split sizes into numpy only when they sit on a GPU.

@@ -31,10 +31,13 @@ def main() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
+    from cca_megatron.training import megatron_fixes
     from cca_megatron.training.arguments import add_arguments
     from cca_megatron.training.batch import build_datasets, forward_step
     from cca_megatron.training.model import model_config_from_args
 
+    megatron_fixes.use_shipped_dataset_helpers()
+    megatron_fixes.let_torch_adam_resume()
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
     args = parse_and_validate_args(extra_args_provider=add_arguments(device))
     pretrain(

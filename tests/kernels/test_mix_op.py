@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from cca_kernels import Boundary, MixOptions, MixWeights, available_backends, cca_mix, cca_mix_reference
 
 GROUPS, QUERIES, DIM = 2, 3, 4

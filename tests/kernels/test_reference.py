@@ -1,13 +1,15 @@
 """The definition of the mix: equal to the paper's steps done one by one, in every variant."""
 
 from dataclasses import replace
+from itertools import pairwise
 
-import cca_kernels.reference as reference
 import pytest
 import torch
-from cca_kernels import Boundary, MixOptions, MixWeights, cca_mix, cca_mix_reference
 from support.closeness import assert_close, relative_error
 from support.naive_cca import naive_mix
+
+import cca_kernels.reference as reference
+from cca_kernels import Boundary, MixOptions, MixWeights, cca_mix, cca_mix_reference
 
 DOUBLE = torch.float64
 
@@ -45,9 +47,7 @@ def gradients(function, mixed, weights, options, **inputs):
     if boundary is not None:
         leaves |= {f"boundary.{n}": x for n, x in boundary._asdict().items()}
     generator = torch.Generator().manual_seed(7)
-    scalar = sum(
-        (x * torch.randn(x.shape, dtype=x.dtype, generator=generator)).sum() for x in outputs
-    )
+    scalar = sum((x * torch.randn(x.shape, dtype=x.dtype, generator=generator)).sum() for x in outputs)
     grads = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True)
     return outputs, dict(zip(leaves, grads, strict=True))
 
@@ -84,9 +84,7 @@ def test_switches_equal_the_paper_without_that_part(convs, form):
     conv0, conv1 = convs
     for bias, mean, shift in [(True, True, True), (False, True, False), (True, False, True)]:
         weights = random_weights(2, 2, 4, 3, 2, conv0=conv0, conv1=conv1, bias=bias)
-        options = MixOptions(
-            qk_mean=mean, value_delay_from=4 if shift else None, temperature_form=form
-        )
+        options = MixOptions(qk_mean=mean, value_delay_from=4 if shift else None, temperature_form=form)
         compare(random_mixed(5, 2, 2, 4), weights, options, rotary=random_rotary(5, 4))
 
 
@@ -155,7 +153,7 @@ def test_chunks_with_boundaries_equal_the_whole():
 
     def in_chunks(mixed, weights, options):
         pieces, cuts = [], [0, 4, 9]
-        for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, end in pairwise(cuts):
             boundary = None
             if start:
                 before = mixed[start - rows : start, :, :, :-1]
@@ -285,7 +283,11 @@ def test_a_broken_mix_is_noticed(name, monkeypatch):
 @pytest.mark.parametrize("wrong", [{"qk_mean": False}, {"value_delay_from": 3}, {"temperature_form": "exp"}])
 def test_a_wrong_option_is_noticed(wrong):
     torch.manual_seed(13)
-    mixed, weights, options = random_mixed(5, 2, 2, 4), random_weights(2, 2, 4), MixOptions(value_delay_from=4)
+    mixed, weights, options = (
+        random_mixed(5, 2, 2, 4),
+        random_weights(2, 2, 4),
+        MixOptions(value_delay_from=4),
+    )
     right = gradients(naive_mix, mixed, weights, options)
     with pytest.raises(AssertionError):
         assert_same(gradients(cca_mix_reference, mixed, weights, replace(options, **wrong)), right)

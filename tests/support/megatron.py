@@ -168,9 +168,7 @@ def logits_and_gradients(
     The loss is a cross-entropy in the model's dtype over gathered logits: Megatron's own computes in
     fp32. Each data-parallel rank takes its share of the samples.
     """
-    ddp = DistributedDataParallel(
-        config, DistributedDataParallelConfig(overlap_grad_reduce=False), model
-    )
+    ddp = DistributedDataParallel(config, DistributedDataParallelConfig(overlap_grad_reduce=False), model)
     ddp.zero_grad_buffer()
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     mine = tokens.chunk(size)[rank]
@@ -179,12 +177,9 @@ def logits_and_gradients(
     logits = gather_from_tensor_model_parallel_region(out)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), mine[:, 1:].flatten())
     loss.backward()
-    ddp.finish_grad_sync()
     finalize_model_grads([ddp])
     parts = [torch.empty_like(logits) for _ in range(size)]
-    dist.all_gather(
-        parts, logits.detach().contiguous(), group=parallel_state.get_data_parallel_group()
-    )
+    dist.all_gather(parts, logits.detach().contiguous(), group=parallel_state.get_data_parallel_group())
     return torch.cat(parts), ddp
 
 

@@ -4,9 +4,12 @@ Slow, and independent of the code under test: loops instead of convs, a dictiona
 instead of padding. Only for tests.
 """
 
+from itertools import pairwise
+
 import torch
-from cca_kernels import Boundary, MixOptions, MixWeights
 from torch import Tensor
+
+from cca_kernels import Boundary, MixOptions, MixWeights
 
 
 def naive_mix(
@@ -18,13 +21,13 @@ def naive_mix(
     cu_seqlens: Tensor | None = None,
     boundary: Boundary | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, batch, groups, heads, dim = mixed.shape
+    tokens, batch, _, heads, dim = mixed.shape
     queries = heads - 2
     ends = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
     zero = 0 * mixed[0]  # padding is zero, and has a (zero) gradient
     q = [zero[:, :, :queries].reshape(batch, -1, dim)] * tokens
     k, v = [zero[:, :, queries]] * tokens, [zero[:, :, -1]] * tokens
-    for number, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for number, (start, end) in enumerate(pairwise(ends)):
         for t in range(start, end):
 
             def latent(s: int, start: int = start, number: int = number) -> Tensor:

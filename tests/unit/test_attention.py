@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from cca_kernels import MixOptions, MixWeights
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import build_module
@@ -13,6 +12,7 @@ from support.closeness import assert_close
 from support.megatron import HIDDEN, Layout, parallel, randomize, tiny_config
 from support.naive_cca import naive_mix
 
+from cca_kernels import MixOptions, MixWeights
 from cca_megatron import CCAConfig
 from cca_megatron.specs import cca_layer_spec
 
@@ -194,9 +194,7 @@ def test_reset_off_mixes_across_documents_as_a_plain_stream_does():
 def test_selective_recompute_of_core_attention_changes_nothing():
     x = hidden_states()
     plain = run(attention(), x)
-    again = run(
-        attention(recompute_granularity="selective", recompute_modules=["core_attn"]), x
-    )
+    again = run(attention(recompute_granularity="selective", recompute_modules=["core_attn"]), x)
     assert torch.equal(plain[0], again[0])
     for name, gradient in plain[1].items():
         assert torch.equal(gradient, again[1][name]), name

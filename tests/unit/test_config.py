@@ -103,7 +103,7 @@ def test_it_is_frozen_and_hashable():
 
 def test_an_unknown_setting_names_the_nearest():
     assert CCAConfig.from_mapping({"temperature": "exp"}) == CCAConfig(temperature="exp")
-    with pytest.raises(ValueError, match="unknown CCA setting 'temprature'; did you mean 'temperature'"):
+    with pytest.raises(ValueError, match=r"unknown CCA setting 'temprature'; did you mean 'temperature'"):
         CCAConfig.from_mapping({"temprature": "exp"})
 
 
@@ -136,5 +136,5 @@ def test_presets_refuse_by_name():
     assert set(preset_names()) == set(COMPRESSION)
     with pytest.raises(ValueError, match="unknown preset 'ccgqa_2x8'; did you mean 'ccgqa_2x8x'"):
         preset("ccgqa_2x8")
-    with pytest.raises(ValueError, match="hidden_size=2000 with head_dim=128.*hidden_size=2048 works"):
+    with pytest.raises(ValueError, match=r"hidden_size=2000 with head_dim=128.*hidden_size=2048 works"):
         preset("zaya1_8b", 2000)

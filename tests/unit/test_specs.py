@@ -7,8 +7,6 @@ import sys
 
 import pytest
 import torch
-from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
@@ -145,9 +143,7 @@ def test_pipeline_stages_slice_the_layers(stages):
     seen = []
     for stage in range(stages):
         for rank in range(2):
-            block = specs.cca_decoder_block_spec(
-                config, vp_stage=stage if stages > 1 else None, pp_rank=rank
-            )
+            block = specs.cca_decoder_block_spec(config, vp_stage=stage if stages > 1 else None, pp_rank=rank)
             seen += [getattr(s.submodules.mlp, "func", None) is MoELayer for s in block.layer_specs]
     assert seen == [bool(kind) for kind in pattern]
 
@@ -236,7 +232,9 @@ class TestWithoutTransformerEngine:
             gpt_model(tiny_config(), specs.cca_layer_spec_te)
 
     def test_the_hybrid_stack(self):
-        with pytest.raises(RuntimeError, match=r"pip install 'cca-megatron\[te\]'.*hybrid_cca_stack_spec_local"):
+        with pytest.raises(
+            RuntimeError, match=r"pip install 'cca-megatron\[te\]'.*hybrid_cca_stack_spec_local"
+        ):
             HybridModel(
                 tiny_config(is_hybrid_model=True),
                 specs.hybrid_cca_stack_spec,
@@ -266,9 +264,9 @@ except RuntimeError as error:
 def test_settings_that_do_not_fit_are_refused_when_the_spec_is_built():
     with pytest.raises(ValueError, match="context_parallel_size=2"):
         specs.cca_decoder_block_spec(tiny_config(context_parallel_size=2))
+    other = tiny_config()
+    other.transformer_impl = "inference_optimized"
     with pytest.raises(ValueError, match="transformer_impl='inference_optimized'"):
-        config = tiny_config()
-        config.transformer_impl = "inference_optimized"
-        specs.cca_decoder_block_spec(config)
+        specs.cca_decoder_block_spec(other)
     with pytest.raises(ValueError, match="conv_kernel_sizes"):
         specs.cca_layer_spec(tiny_config(), CCAConfig(conv_kernel_sizes=(0, 2)))

@@ -1,0 +1,198 @@
+"""Text to Megatron's ``.bin/.idx``: in parallel, with a progress bar, and whole or not at all."""
+
+import json
+import multiprocessing
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from cca_megatron.data.sources import DataError, Skipped, Unit, find_units, read_documents
+from cca_megatron.data.tokenizer import Encoder, load_encoder
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes read so far and the bytes there are."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a dataset was made from; written beside it as ``PREFIX.json``."""
+
+    tokenizer: str
+    inputs: list[str]
+    documents: int
+    tokens: int
+    """End-of-document tokens included."""
+    text_bytes: int
+    """UTF-8 bytes of the documents."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Documents left out, by reason."""
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """What a worker makes of one unit."""
+
+    tokens: np.ndarray
+    lengths: list[int]
+    """Tokens of each document, its end-of-document token included."""
+    text_bytes: int
+    skipped: list[Skipped]
+
+
+def dataset_files(prefix: str | Path) -> tuple[Path, Path, Path]:
+    """The data, index and manifest of a dataset. It is there if and only if its index is."""
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
+
+
+def read_manifest(prefix: str | Path) -> Manifest | None:
+    """What the dataset was made from, or None if ``prepare`` did not make it."""
+    *_, manifest = dataset_files(prefix)
+    return Manifest(**json.loads(manifest.read_text())) if manifest.is_file() else None
+
+
+def prepare(
+    inputs: list[str],
+    prefix: str | Path,
+    tokenizer: str,
+    *,
+    text_key: str = "text",
+    strict: bool = False,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Manifest:
+    """Tokenize the inputs and write the dataset ``PREFIX.bin`` and ``PREFIX.idx``.
+
+    A document per file, or per line of ``.jsonl`` and row of ``.parquet``; an end-of-document token
+    after each. Files appear under their names only when they are complete.
+
+    Args:
+        inputs: files, folders, or ``python-stdlib``.
+        prefix: where to write; its folder is made.
+        tokenizer: ``bytes``, ``hf:NAME_OR_PATH`` or ``sentencepiece:PATH``.
+        text_key: field of a JSON line, or column, that holds the text.
+        strict: raise on input that would otherwise be skipped and counted.
+        overwrite: replace a dataset that is already there.
+        workers: processes; None takes one per core.
+        progress: called as work proceeds.
+
+    Raises:
+        DataError: nothing to read, input that does not exist or (strict) cannot be used, a tokenizer
+            that cannot be loaded, or a dataset that is already there.
+    """
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    data, index, manifest_file = dataset_files(prefix)
+    if index.exists() and not overwrite:
+        raise DataError(f"{index.resolve()} exists already; --overwrite replaces it")
+    units = find_units(inputs)
+    encoder = load_encoder(tokenizer)
+    data.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale_parts(data)
+    part = Path(f"{data.with_suffix('')}.part-{os.getpid()}")
+    part_data, part_index, part_manifest = dataset_files(part)
+    total, done = sum(unit.size for unit in units), 0
+    documents = tokens = text_bytes = 0
+    skipped: Counter[str] = Counter()
+    try:
+        builder = IndexedDatasetBuilder(str(part_data), DType.optimal_dtype(encoder.vocab_size))
+        for unit, encoded in _encode_all(units, tokenizer, text_key, workers):
+            if strict and encoded.skipped:
+                first = encoded.skipped[0]
+                raise DataError(f"{first.where} is {first.reason}; without --strict it is skipped")
+            skipped.update(item.reason for item in encoded.skipped)
+            _append(builder, encoded)
+            documents += len(encoded.lengths)
+            tokens += len(encoded.tokens)
+            text_bytes += encoded.text_bytes
+            done += unit.size
+            progress(done, total)
+        if not documents:
+            raise DataError(f"no text in {', '.join(inputs)} ({dict(skipped) or 'no files'})")
+        builder.finalize(str(part_index))
+        manifest = Manifest(tokenizer, inputs, documents, tokens, text_bytes, dict(skipped))
+        part_manifest.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+        # The index goes away first and comes last: at no moment does it belong to other data.
+        index.unlink(missing_ok=True)
+        os.replace(part_data, data)
+        os.replace(part_manifest, manifest_file)
+        os.replace(part_index, index)
+    finally:
+        for leftover in (part_data, part_index, part_manifest):
+            leftover.unlink(missing_ok=True)
+    return manifest
+
+
+def _append(builder: Any, encoded: _Encoded) -> None:
+    start = 0
+    for length in encoded.lengths:
+        builder.add_document(encoded.tokens[start : start + length], [length])
+        start += length
+
+
+def _encode_all(
+    units: list[Unit], tokenizer: str, text_key: str, workers: int | None
+) -> Iterator[tuple[Unit, _Encoded]]:
+    """Units with their tokens, in order, from a pool of processes that runs a little ahead."""
+    count = min(workers or os.cpu_count() or 1, max(len(units), 1))
+    with ProcessPoolExecutor(
+        count,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(tokenizer, text_key),
+    ) as pool:
+        ahead: deque[tuple[Unit, Future[_Encoded]]] = deque()
+        try:
+            for unit in units:
+                ahead.append((unit, pool.submit(_encode_unit, unit)))
+                if len(ahead) > 4 * count:
+                    first, future = ahead.popleft()
+                    yield first, future.result()
+            for unit, future in ahead:
+                yield unit, future.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"a worker process died, perhaps for lack of memory; fewer than {count} --workers may do"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_worker: tuple[Encoder, str]
+
+
+def _start_worker(tokenizer: str, text_key: str) -> None:
+    global _worker
+    _worker = (load_encoder(tokenizer), text_key)
+
+
+def _encode_unit(unit: Unit) -> _Encoded:
+    encoder, text_key = _worker
+    pieces: list[np.ndarray] = []
+    lengths, text_bytes, skipped = [], 0, []
+    for document in read_documents(unit, text_key):
+        if isinstance(document, Skipped):
+            skipped.append(document)
+            continue
+        ids = encoder.encode(document)
+        pieces += [ids, np.array([encoder.end_of_document])]
+        lengths.append(len(ids) + 1)
+        text_bytes += len(document.encode("utf-8"))
+    tokens = np.concatenate(pieces).astype(np.int32) if pieces else np.zeros(0, np.int32)
+    return _Encoded(tokens, lengths, text_bytes, skipped)
+
+
+def _remove_stale_parts(data: Path) -> None:
+    """Delete what killed runs have left: parts whose process is gone."""
+    for leftover in data.parent.glob(f"{data.stem}.part-*"):
+        pid = leftover.name.removeprefix(f"{data.stem}.part-").partition(".")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            leftover.unlink(missing_ok=True)

@@ -1,0 +1,83 @@
+"""What a checkpoint on disk was trained with, read without starting a run."""
+
+from argparse import Namespace
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from cca_megatron.config import CCAConfig
+
+_TRACKER = "latest_checkpointed_iteration.txt"
+
+# Settings that give the weights their shapes or their meaning.
+# fmt: off
+_MODEL_SETTINGS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention",
+    "num_query_groups", "kv_channels", "num_experts", "moe_ffn_hidden_size", "moe_layer_freq",
+    "moe_router_topk", "mtp_num_layers", "hybrid_layer_pattern", "swiglu", "squared_relu",
+    "normalization", "add_bias_linear", "untie_embeddings_and_output_weights",
+    "position_embedding_type", "rotary_percent", "rotary_base", "vocab_size", "tokenizer_type",
+)
+# fmt: on
+_NOT_IN_WEIGHTS = {"temperature_init", "reset_at_document_start", "recompute_mix"}
+_CCA_SETTINGS = [f"cca_{f.name}" for f in fields(CCAConfig) if f.name not in _NOT_IN_WEIGHTS]
+
+
+def latest_iteration(directory: str | Path) -> int | None:
+    """The iteration that Megatron would resume from, or None if there is no checkpoint."""
+    tracker = Path(directory) / _TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text().strip()
+    return int(text) if text.isdigit() else None
+
+
+def iteration_directory(directory: str | Path, iteration: int) -> Path:
+    """Where Megatron keeps the checkpoint of an iteration."""
+    return Path(directory) / f"iter_{iteration:07d}"
+
+
+def checkpoint_problems(args: Namespace) -> list[str]:
+    """Why the checkpoint that these parsed arguments would load is of another model; empty if it fits.
+
+    Settings that Megatron has not completed yet (None) are not compared.
+    """
+    if args.load is None or args.use_checkpoint_args or args.finetune:
+        return []
+    iteration = args.ckpt_step if args.ckpt_step is not None else latest_iteration(args.load)
+    saved = None if iteration is None else _saved_arguments(args.load, iteration)
+    if saved is None:
+        return []
+    problems = []
+    for name in (*_MODEL_SETTINGS, *_CCA_SETTINGS):
+        ours, theirs = getattr(args, name, None), getattr(saved, name, None)
+        if ours is not None and theirs is not None and ours != theirs:
+            problems.append(
+                f"{name}={ours!r}, but the checkpoint in {Path(args.load).resolve()} (iteration "
+                f"{iteration}) has {theirs!r}; set it to that, or train into another output folder"
+            )
+    return problems
+
+
+def _saved_arguments(directory: str | Path, iteration: int) -> Any:
+    """Megatron's arguments of the run that saved this checkpoint; None if they cannot be read."""
+    from megatron.core import dist_checkpointing
+
+    path = iteration_directory(directory, iteration)
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+        return None
+    return dist_checkpointing.load_common_state_dict(str(path)).get("args")
+
+
+def count_parameters(directory: str | Path, iteration: int) -> int:
+    """Parameters of the whole model, whatever its parallel layout, from the checkpoint's own index."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    path = iteration_directory(directory, iteration)
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    return sum(
+        entry.size.numel()
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata) and "optimizer." not in name
+    )

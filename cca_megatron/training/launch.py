@@ -1,0 +1,122 @@
+"""Start torchrun on this machine, follow it, and pass a wish to stop on to Megatron."""
+
+import os
+import signal
+import subprocess
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from cca_megatron.training.command import Command
+from cca_megatron.training.device import Device
+
+_TAIL = 400
+"""Lines kept to explain a failure."""
+
+
+class TrainingError(Exception):
+    """The training processes ended with an error; the message has its essence."""
+
+
+def run(command: Command, device: Device, log: Path | None, on_line: Callable[[str], None]) -> bool:
+    """Train, handing on every line of output; True if the run was stopped by Ctrl-C or SIGTERM.
+
+    On the first Ctrl-C or SIGTERM the workers are asked to save and exit (Megatron's
+    ``--exit-signal-handler``), on the second everything is stopped at once.
+
+    Args:
+        command: what to run.
+        device: where it runs.
+        log: file that gets all lines too; None keeps no log.
+        on_line: called for each line, without its end.
+
+    Raises:
+        TrainingError: the processes failed.
+    """
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    tail: deque[str] = deque(maxlen=_TAIL)
+    process = subprocess.Popen(
+        command.torchrun(),
+        env=_environment(command, device),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        # A session of its own: the terminal's Ctrl-C reaches us alone, and we decide.
+        start_new_session=True,
+    )
+    stopper = _Stopper(process, on_line)
+    previous = {s: signal.signal(s, stopper.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert process.stdout is not None
+        with open(log or os.devnull, "a") as file:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                tail.append(line.rstrip("\n"))
+                on_line(tail[-1])
+        status = process.wait()
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+        if process.poll() is None:
+            stopper.kill()
+    if status and not stopper.stopped:
+        raise TrainingError(explain(list(tail), status))
+    return stopper.stopped
+
+
+def _environment(command: Command, device: Device) -> dict[str, str]:
+    environment = {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", **os.environ}
+    environment["CCA_DEVICE"] = device  # every worker decides as we did
+    if device == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        threads = max(1, cores // command.recipe.launch.gpus_per_node)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    return environment
+
+
+class _Stopper:
+    def __init__(self, process: subprocess.Popen[str], say: Callable[[str], None]):
+        self._process = process
+        self._say = say
+        self.stopped = False
+
+    def handle(self, signum: int, frame: object) -> None:
+        if self.stopped:
+            self.kill()
+            return
+        self.stopped = True
+        self._say("stopping: a checkpoint is saved after this step; once more stops at once")
+        # torchrun would give its workers 30 seconds, so they are asked directly.
+        for worker in self._descendants():
+            if "--module" not in worker.cmdline():
+                worker.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        for child in [*self._descendants(), psutil.Process(self._process.pid)]:
+            child.kill()
+
+    def _descendants(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+
+def explain(lines: list[str], status: int) -> str:
+    """The essence of a failed run's output: the first exception that a worker died of."""
+    for number, line in enumerate(lines):
+        if "Traceback (most recent call last)" not in line:
+            continue
+        prefix = line.partition("Traceback")[0]  # "[rank0]: " on some lines
+        body = [other.removeprefix(prefix) for other in lines[number + 1 :]]
+        for index, text in enumerate(body):
+            if text and not text[0].isspace():
+                source = [b.strip() for b in body[:index] if b.strip(" ~^")]
+                # A bare assertion says nothing; the line of code that failed does.
+                return text if ":" in text or not source else f"{text}: {source[-1]}"
+    return lines[-1] if lines else f"torchrun ended with status {status} and without output"

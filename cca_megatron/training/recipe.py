@@ -1,0 +1,217 @@
+"""A training run described in one YAML file, and the Megatron command line that it stands for."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cca_megatron.config import (
+    PRESET_HEAD_DIM,
+    PRESET_HIDDEN_SIZE,
+    CCAConfig,
+    preset,
+    unknown_name,
+)
+from cca_megatron.data.tokenizer import megatron_arguments
+
+SECTIONS = ("model", "cca", "megatron", "data", "output", "launch")
+_DEFAULT_SAVE_INTERVAL = 1000
+
+
+class RecipeError(Exception):
+    """A recipe that cannot run; the message names the setting and what would work."""
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """What to train on."""
+
+    inputs: list[str] = field(default_factory=list)
+    """Text to make the dataset from, if it is not there yet."""
+    prefix: str | None = None
+    """The dataset: PREFIX.bin and PREFIX.idx."""
+    tokenizer: str = "bytes"
+    text_key: str = "text"
+
+
+@dataclass(frozen=True)
+class LaunchSection:
+    """How many processes, and where."""
+
+    nodes: int = 1
+    gpus_per_node: int = 1
+    """Processes per node, one per GPU; on a machine without GPUs, processes on its CPU."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: every name in it exists, except those of Megatron's own arguments."""
+
+    path: Path
+    cca: CCAConfig
+    arguments: dict[str, Any]
+    """Megatron's arguments by option name, as the model and megatron sections and the preset give them."""
+    data: DataSection
+    launch: LaunchSection
+    output: Path | None
+
+    @property
+    def checkpoints(self) -> Path | None:
+        """Where checkpoints are saved, and resumed from."""
+        return self.output and self.output / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path | None:
+        """Where TensorBoard logs are written."""
+        return self.output and self.output / "tensorboard"
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.launch.nodes * self.launch.gpus_per_node
+
+    def all_arguments(self) -> dict[str, Any]:
+        """Megatron's arguments with those that follow from data and output; explicit ones win."""
+        implied: dict[str, Any] = {}
+        if self.data.prefix is not None:
+            implied = {"data-path": self.data.prefix, **megatron_arguments(self.data.tokenizer)}
+        if self.output is not None:
+            implied |= {
+                "save": str(self.checkpoints),
+                "load": str(self.checkpoints),
+                "save-interval": _DEFAULT_SAVE_INTERVAL,
+                "tensorboard-dir": str(self.tensorboard),
+            }
+        if "num-query-groups" in self.arguments:
+            implied["group-query-attention"] = True
+        return implied | self.arguments
+
+
+def load_recipe(path: str | Path, overrides: list[str]) -> Recipe:
+    """Read a recipe and apply ``section.key=value`` overrides (``output=value`` for the output).
+
+    Relative paths in it are relative to the current directory.
+
+    Raises:
+        RecipeError: the file is missing or malformed, or a name in it is unknown.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"cannot read recipe {path.resolve()}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must be a mapping with the sections {', '.join(SECTIONS)}")
+    for override in overrides:
+        _apply(content, override)
+    return _parse(path, content)
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.partition(".")
+    if not equals or not section or (dot and not key) or (not dot and section != "output"):
+        raise RecipeError(
+            f"override {override!r} must be section.key=value (megatron.train-iters=100) or output=PATH"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML ({error})") from error
+    if not dot:
+        content["output"] = value
+        return
+    target = content.get(section)
+    if target is None:
+        target = content[section] = {}
+    if not isinstance(target, dict):
+        raise RecipeError(f"override {override!r}: {section} is not a section")
+    for spelling in _spellings(key):
+        target.pop(spelling, None)
+    target[key] = value
+
+
+def _spellings(key: str) -> tuple[str, str]:
+    return key.replace("_", "-"), key.replace("-", "_")
+
+
+def _parse(path: Path, content: dict[str, Any]) -> Recipe:
+    for name in content:
+        if name not in SECTIONS:
+            raise RecipeError(unknown_name("section", str(name), list(SECTIONS)))
+    model, megatron = _section(content, "model"), _section(content, "megatron")
+    cca_settings = {k.replace("-", "_"): v for k, v in _section(content, "cca").items()}
+    arguments = _megatron_settings(model, megatron)
+    try:
+        cca = CCAConfig.from_mapping(cca_settings)
+        heads = _preset_heads(model, arguments)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    output = content.get("output")
+    if output is not None and not isinstance(output, str):
+        raise RecipeError(f"output={output!r}: must be a folder")
+    return Recipe(
+        path=path,
+        cca=cca,
+        arguments=heads | arguments,
+        data=_dataclass_section(DataSection, "data", content),
+        launch=_dataclass_section(LaunchSection, "launch", content),
+        output=None if output is None else Path(output),
+    )
+
+
+def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = content.get(name) or {}
+    if not isinstance(section, dict) or not all(isinstance(key, str) for key in section):
+        raise RecipeError(f"{name}: must be a mapping of settings to values")
+    return section
+
+
+def _megatron_settings(model: dict[str, Any], megatron: dict[str, Any]) -> dict[str, Any]:
+    """Both sections under option names, which must not say the same thing twice."""
+    arguments: dict[str, Any] = {}
+    for section in (model, megatron):
+        for key, value in section.items():
+            option = key.replace("_", "-")
+            if option == "preset" and section is model:
+                continue
+            if option in arguments:
+                raise RecipeError(f"{option} is set twice; keep it in one of model and megatron")
+            arguments[option] = value
+    return arguments
+
+
+def _preset_heads(model: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    name = model.get("preset")
+    if name is None:
+        return {}
+    hidden_size = arguments.get("hidden-size", PRESET_HIDDEN_SIZE)
+    head_dim = arguments.get("kv-channels", PRESET_HEAD_DIM)
+    for option, value in (("hidden-size", hidden_size), ("kv-channels", head_dim)):
+        if type(value) is not int:
+            raise RecipeError(f"{option}={value!r}: must be a whole number")
+    heads, _ = preset(str(name), hidden_size, head_dim)
+    settings = {key.replace("_", "-"): value for key, value in heads.items()}
+    return {"hidden-size": hidden_size, **settings}
+
+
+def _dataclass_section(kind: type[Any], name: str, content: Mapping[str, Any]) -> Any:
+    section = {key.replace("-", "_"): value for key, value in _section(content, name).items()}
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key, value in section.items():
+        if key not in fields:
+            raise RecipeError(unknown_name(f"{name} setting", key, list(fields)))
+        if key == "inputs" and isinstance(value, str):
+            section[key] = [value]
+        elif fields[key].type is int and (type(value) is not int or value < 1):
+            raise RecipeError(f"{name}.{key}={value!r}: must be a whole number of at least 1")
+        elif fields[key].type is not int and key != "inputs" and not isinstance(value, str):
+            raise RecipeError(f"{name}.{key}={value!r}: must be text")
+    if not all(isinstance(item, str) for item in section.get("inputs", [])):
+        raise RecipeError(f"data.inputs={section['inputs']!r}: must be a list of paths")
+    return kind(**section)

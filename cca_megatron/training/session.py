@@ -1,0 +1,162 @@
+"""One ``cca-megatron train`` from start to end: check, prepare data, train, report."""
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cca_megatron.data.prepare import Manifest, dataset_files, prepare, read_manifest
+from cca_megatron.training import launch, report
+from cca_megatron.training.checkpoint import latest_iteration
+from cca_megatron.training.command import Command, build_command, check_data
+from cca_megatron.training.device import Device, describe, select_device
+from cca_megatron.training.progress import LiveBar
+from cca_megatron.training.recipe import Recipe, RecipeError, load_recipe
+
+
+def prepare_command(recipe_path: Path, overrides: list[str]) -> tuple[Command, Device]:
+    """Read and check a recipe for this machine.
+
+    Raises:
+        RecipeError: it cannot run here.
+        ValueError: ``CCA_DEVICE`` is wrong.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    device = select_device()
+    _check_machine(recipe, device)
+    if device == "cpu":
+        from cca_megatron.training import cpu_backend
+
+        cpu_backend.install()
+    return build_command(recipe, device), device
+
+
+def _check_machine(recipe: Recipe, device: Device) -> None:
+    if recipe.launch.nodes > 1:
+        raise RecipeError(
+            f"launch.nodes={recipe.launch.nodes}: this command starts processes on one machine; "
+            "launch.nodes=1 works, and --print-args shows what to start on every node"
+        )
+    if device == "cuda":
+        import torch
+
+        gpus = torch.cuda.device_count()
+        if recipe.launch.gpus_per_node > gpus:
+            raise RecipeError(
+                f"launch.gpus_per_node={recipe.launch.gpus_per_node}: this machine has {gpus}; "
+                f"launch.gpus_per_node={gpus} works if the parallel sizes fit it"
+            )
+
+
+def train(command: Command, device: Device, console: Console) -> None:
+    """Prepare the data if it is missing, train, and write the loss curve and a summary.
+
+    Raises:
+        RecipeError: the data is missing, or does not fit the recipe.
+        DataError: the data cannot be prepared.
+        TrainingError: the training processes failed.
+    """
+    recipe = command.recipe
+    console.print(describe(device), soft_wrap=True)
+    _show_paths(recipe, console)
+    _ensure_data(recipe, console)
+    check_data(command)
+    total = command.args.train_iters
+    reached = None if recipe.checkpoints is None else latest_iteration(recipe.checkpoints)
+    if total is not None and reached is not None and reached >= total:
+        console.print(
+            f"all {total} iterations are done: megatron.train-iters={2 * total} would go on from there, "
+            "output=FOLDER would start anew"
+        )
+    else:
+        _run(command, device, console)
+    _report(command, console)
+
+
+def _show_paths(recipe: Recipe, console: Console) -> None:
+    for name, path in (("data", recipe.data.prefix), ("output", recipe.output)):
+        if path is not None:
+            console.print(f"{name}: {Path(path).resolve()}", markup=False, soft_wrap=True)
+
+
+def _ensure_data(recipe: Recipe, console: Console) -> None:
+    data = recipe.data
+    if data.prefix is None or not data.inputs:
+        return
+    if dataset_files(data.prefix)[1].exists():
+        manifest = read_manifest(data.prefix)
+        if manifest is not None and (manifest.tokenizer, manifest.inputs) != (data.tokenizer, data.inputs):
+            raise RecipeError(
+                f"data.prefix={data.prefix} was made from {manifest.inputs} with tokenizer "
+                f"{manifest.tokenizer!r}, not from {data.inputs} with {data.tokenizer!r}; "
+                "choose another data.prefix"
+            )
+        return
+    prepare_data(console, data.inputs, data.prefix, data.tokenizer, text_key=data.text_key)
+
+
+def prepare_data(
+    console: Console, inputs: list[str], prefix: str, tokenizer: str, **options: object
+) -> Manifest:
+    """Make a dataset with a progress bar, and say what came of it."""
+    with Progress(
+        TextColumn("preparing data"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+    ) as bar:
+        task = bar.add_task("", total=None)
+        manifest = prepare(
+            inputs,
+            prefix,
+            tokenizer,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **options,  # type: ignore[arg-type]
+        )
+    skipped = ", ".join(f"{count} {reason}" for reason, count in manifest.skipped.items())
+    console.print(
+        f"dataset: {manifest.documents:,} documents, {manifest.tokens:,} tokens in "
+        f"{Path(prefix).resolve()}.bin" + (f" (skipped: {skipped})" if skipped else ""),
+        markup=False,
+        soft_wrap=True,
+    )
+    return manifest
+
+
+def _run(command: Command, device: Device, console: Console) -> None:
+    recipe, args = command.recipe, command.args
+    log = None
+    if recipe.output is not None:
+        log = recipe.output / "logs" / time.strftime("train-%Y%m%d-%H%M%S.log")
+        console.print(f"log: {log.resolve()}", markup=False, soft_wrap=True)
+    if not console.is_terminal:
+        stopped = launch.run(command, device, log, lambda line: print(line, flush=True))
+    else:
+        bar = LiveBar(console, args.train_iters or 0, args.global_batch_size * args.seq_length)
+        with bar.shown():
+            stopped = launch.run(command, device, log, bar.feed)
+    if stopped:
+        console.print("stopped; the same command goes on from the last checkpoint")
+
+
+def _report(command: Command, console: Console) -> None:
+    recipe = command.recipe
+    if recipe.output is None or recipe.tensorboard is None:
+        return
+    curves, bigram = report.read_curves(recipe.tensorboard), report.bigram_of(command)
+    lines = report.summary(command, curves, bigram)
+    if curves.training:
+        picture = recipe.output / "loss.png"
+        report.plot_losses(curves, bigram, picture)
+        lines.append(("loss curve", str(picture.resolve())))
+        lines.append(("TensorBoard", f"tensorboard --logdir {recipe.tensorboard}"))
+    lines += [
+        ("next", f"train longer: cca-megatron train {recipe.path} megatron.train-iters=N"),
+        ("", f"try a variant: cca-megatron train {recipe.path} cca.temperature=exp output=runs/exp"),
+    ]
+    console.print()
+    for name, text in lines:
+        console.print(f"{name:<16}{text}", markup=False, soft_wrap=True)

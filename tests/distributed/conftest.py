@@ -1,0 +1,36 @@
+"""These tests run under torchrun: ``torchrun --nproc-per-node 2 -m pytest tests/distributed``.
+
+Every rank runs every test; a test takes what it needs of the world and is skipped where it is too small.
+"""
+
+import datetime
+import os
+
+import pytest
+import torch.distributed as dist
+from support.megatron import microbatches, start_distributed
+
+if os.environ.get("RANK", "0") != "0":
+    # One report is enough; a failure on another rank still shows in its exit status and its traceback.
+    os.environ["PYTEST_ADDOPTS"] = "-q --no-header --no-summary"
+
+
+def pytest_collection_modifyitems(items):
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="needs torchrun with 2 processes"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def world():
+    """The default process group, for the whole session."""
+    start_distributed()
+    yield dist.get_world_size()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def one_microbatch(world):
+    with microbatches():
+        yield
+    dist.monitored_barrier(timeout=datetime.timedelta(seconds=60))

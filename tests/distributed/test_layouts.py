@@ -1,0 +1,171 @@
+"""Any layout computes what one rank computes: logits and every gradient, in fp64."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.spec_utils import build_module
+from support.closeness import assert_close
+from support.megatron import (
+    HIDDEN,
+    MOE,
+    SEQUENCE,
+    Layout,
+    batch_of_tokens,
+    gpt_model,
+    gradients_as_weights,
+    load,
+    logits_and_gradients,
+    parallel,
+    randomize,
+    save,
+    shared_directory,
+    tiny_config,
+)
+
+from cca_megatron import CCAConfig
+from cca_megatron.specs import cca_decoder_block_spec, cca_layer_spec
+
+BOUND = 1e-10
+
+
+def compare_models(layout: Layout, settings: dict, reference_settings: dict | None = None, cca=None):
+    """A whole GPT model in this layout against the same model in the layout of one rank."""
+    tokens = batch_of_tokens(4)
+    reference_settings = settings if reference_settings is None else reference_settings
+
+    def build(layout, settings):
+        config = tiny_config(layout, **settings)
+        return config, gpt_model(config, cca_decoder_block_spec(config, cca=cca))
+
+    with shared_directory() as directory:
+        with parallel(Layout()):
+            config, model = build(Layout(), reference_settings)
+            randomize(model)
+            save(model, f"{directory}/weights")
+            expected, ddp = logits_and_gradients(config, model, tokens)
+            gradients = {n: p.main_grad.clone() for n, p in model.named_parameters()}
+        with parallel(layout):
+            config, model = build(layout, settings)
+            load(model, f"{directory}/weights")
+            logits, ddp = logits_and_gradients(config, model, tokens)
+            with gradients_as_weights(ddp):
+                save(model, f"{directory}/gradients")
+        with parallel(Layout()):
+            _, model = build(Layout(), reference_settings)
+            load(model, f"{directory}/gradients")
+    assert_close("logits", expected, logits, BOUND)
+    for name, parameter in model.named_parameters():
+        assert gradients[name].any(), f"gradient of {name} is zero: nothing is compared"
+        assert_close(f"gradient of {name}", gradients[name], parameter.data, BOUND)
+
+
+TENSOR = [Layout(tp=2), Layout(tp=2, sp=True)]
+GELU = {
+    "gated_linear_unit": False,
+    "activation_func": torch.nn.functional.gelu,
+    "normalization": "LayerNorm",
+    "add_bias_linear": True,
+}
+
+
+@pytest.mark.parametrize("layout", TENSOR, ids=str)
+@pytest.mark.parametrize("settings", [{}, GELU], ids=["swiglu", "gelu with biases"])
+def test_dense_model_under_tensor_parallelism(layout, settings):
+    compare_models(layout, settings)
+
+
+@pytest.mark.parametrize("layout", TENSOR, ids=str)
+def test_odd_groups_split_the_delayed_half_inside_a_rank(layout):
+    """Six groups over two ranks: the first rank holds current values only, the other delayed ones."""
+    heads = {"num_attention_heads": 6, "num_query_groups": 6}
+    compare_models(layout, heads, cca=CCAConfig(conv_kernel_sizes=(3, 2), temperature="exp"))
+
+
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+@pytest.mark.parametrize("layout", [Layout(ep=2), *TENSOR], ids=str)
+def test_mixture_of_experts(layout, dispatcher):
+    if layout.tp > 1 and not layout.sp:
+        pytest.skip("Megatron trains MoE with tensor parallelism only under sequence parallelism")
+    settings = MOE | {"moe_token_dispatcher_type": dispatcher}
+    if layout.tp > 1:
+        settings["expert_tensor_parallel_size"] = 1
+        if dispatcher == "allgather":
+            settings["moe_router_topk"] = 4
+    compare_models(layout, settings, MOE | settings)
+
+
+def layer_outputs(layout, weights_path, gradients_path, cca):
+    """One TransformerLayer, built as TransformerBlock builds it: output and input gradient, whole."""
+    config = tiny_config(layout, num_layers=1)
+    layer = build_module(cca_layer_spec(config, cca), config=config, layer_number=1)
+    layer = layer.double().cuda()
+    generator = torch.Generator().manual_seed(8)
+    x, upstream = (
+        torch.randn(SEQUENCE, 2, HIDDEN, dtype=torch.float64, generator=generator).cuda() for _ in range(2)
+    )
+    x.requires_grad_()
+    angles = torch.randn(SEQUENCE, 1, 1, 4, dtype=torch.float64, generator=generator).cuda()
+    randomize(layer) if layout == Layout() else load(layer, weights_path)
+    if layout == Layout():
+        save(layer, weights_path)
+    mine = scatter_to_sequence_parallel_region(x) if layout.sp else x
+    out, _ = layer(mine, None, rotary_pos_emb=angles)
+    if layout.sp:
+        out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)
+    out.backward(upstream)
+    for parameter in layer.parameters():
+        # What Megatron's finalize_model_grads does for parameters outside of a model.
+        if getattr(parameter, "sequence_parallel", False):
+            dist.all_reduce(parameter.grad)
+        parameter.data = parameter.grad
+    if layout != Layout():
+        save(layer, gradients_path)
+    return layer, out.detach(), x.grad
+
+
+@pytest.mark.parametrize("layout", TENSOR, ids=str)
+def test_one_layer_under_tensor_parallelism(layout):
+    cca = CCAConfig(conv_kernel_sizes=(2, 3))
+    with shared_directory() as directory:
+        paths = f"{directory}/weights", f"{directory}/gradients"
+        with parallel(Layout()):
+            whole, expected, input_gradient = layer_outputs(Layout(), *paths, cca)
+            expected_gradients = {n: p.data.clone() for n, p in whole.named_parameters()}
+        with parallel(layout):
+            _, out, got_input_gradient = layer_outputs(layout, *paths, cca)
+        with parallel(Layout()):
+            load(whole, paths[1])
+    assert_close("output", expected, out, BOUND)
+    assert_close("gradient of the input", input_gradient, got_input_gradient, BOUND)
+    for name, parameter in whole.named_parameters():
+        assert_close(f"gradient of {name}", expected_gradients[name], parameter.data, BOUND)
+
+
+def test_a_rank_that_halves_its_own_values_is_noticed(monkeypatch):
+    """The mistake of building the module from local head counts: another model."""
+    from cca_megatron import attention
+
+    right = attention.get_pg_rank
+    monkeypatch.setattr(attention, "get_pg_rank", lambda group: 0 if group.size() > 1 else right(group))
+    with pytest.raises(AssertionError, match="relative error"):
+        compare_models(Layout(tp=2), {})
+
+
+def test_a_forgotten_sequence_parallel_mark_is_noticed(monkeypatch):
+    """Without the mark each rank keeps the norm's gradient of its own tokens."""
+    from cca_megatron import local_backend
+
+    right = local_backend.LocalNorm.__init__
+
+    def unmarked(self, *args, **kwargs):
+        right(self, *args, **kwargs)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = False
+
+    monkeypatch.setattr(local_backend.LocalNorm, "__init__", unmarked)
+    with pytest.raises(AssertionError, match=r"gradient of .*norm.*relative error"):
+        compare_models(Layout(tp=2, sp=True), {})

@@ -1,0 +1,67 @@
+"""A small dataset and a small model, trained by the real entry in processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cca_megatron.data.prepare import prepare
+
+MODEL = """
+    --num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --swiglu --disable-bias-linear
+    --num-attention-heads 4 --group-query-attention --num-query-groups 2 --kv-channels 8
+    --normalization RMSNorm --position-embedding-type rope --seq-length 32 --max-position-embeddings 32
+    --hidden-dropout 0 --attention-dropout 0
+    --lr 1e-2 --lr-decay-iters 100 --seed 5 --num-workers 0 --eval-iters 1 --eval-interval 1000
+    --log-interval 1 --tensorboard-log-interval 1
+    --tokenizer-type NullTokenizer --vocab-size 257 --make-vocab-size-divisible-by 2 --split 90,10,0
+""".split()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder of small texts."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(20):
+        (folder / f"{number:02}.txt").write_text(f"{number} bottles of water on the wall\n" * 20)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(corpus, tmp_path_factory) -> str:
+    """Prefix of a byte-level dataset of the corpus."""
+    prefix = str(tmp_path_factory.mktemp("data") / "corpus")
+    prepare([str(corpus)], prefix, "bytes", workers=1)
+    return prefix
+
+
+def environment() -> dict[str, str]:
+    """A clean environment for torchrun: nothing of an outer launcher."""
+    outer = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "CCA_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def pretrain(processes: int, *arguments: str) -> str:
+    """Train by torchrun; returns what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", "--module", "cca_megatron.training.pretrain"]
+    run = subprocess.run(
+        [*command, *MODEL, *arguments],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-6000:]
+    return run.stdout
+
+
+def losses(tensorboard: Path) -> dict[int, float]:
+    """Training loss by iteration, as logged."""
+    events = EventAccumulator(str(tensorboard), size_guidance={"scalars": 0})
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("lm loss")}
