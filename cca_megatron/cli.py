@@ -143,3 +143,7 @@ def doctor() -> None:
     if problems:
         _fail(f"training cannot work until this is solved: {', '.join(problems)}")
     console.print("training can work here", style="green")
+
+
+if __name__ == "__main__":
+    main()

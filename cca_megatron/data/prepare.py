@@ -88,13 +88,13 @@ def prepare(
         DataError: nothing to read, input that does not exist or (strict) cannot be used, a tokenizer
             that cannot be loaded, or a dataset that is already there.
     """
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
     data, index, manifest_file = dataset_files(prefix)
     if index.exists() and not overwrite:
         raise DataError(f"{index.resolve()} exists already; --overwrite replaces it")
     units = find_units(inputs)
     encoder = load_encoder(tokenizer)
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # takes seconds
+
     data.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale_parts(data)
     part = Path(f"{data.with_suffix('')}.part-{os.getpid()}")

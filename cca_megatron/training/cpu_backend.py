@@ -33,8 +33,15 @@ _CUDA_ZERO = (
 # fmt: on
 
 
+_installed = False
+
+
 def install() -> None:
-    """Make "cuda" mean the CPU in this process, from now on."""
+    """Make "cuda" mean the CPU in this process, from now on. A second call changes nothing."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling for seconds to save milliseconds
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))

@@ -28,7 +28,7 @@ def let_torch_adam_resume() -> None:
     PyTorch's AdamW counts steps in a tensor for each parameter. Megatron asks for the count before a
     checkpoint is read, when there is none yet; gives all parameters one tensor, which every
     parameter's update then increments; and overwrites it with its value from before, or misses it in
-    the checkpoint, when it copies the moments.
+    the checkpoint, when it copies the moments. With fp32 weights that copy also meets autograd.
     """
     from megatron.core.optimizer import distrib_optimizer
 
@@ -53,6 +53,7 @@ def let_torch_adam_resume() -> None:
             state["step"] = state["step"].clone()
 
     @functools.wraps(copy_states)
+    @torch.no_grad()
     def without_step(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
         copy_states(self, model_param, {**tensors, "step": None})  # what is no tensor is not copied
 

@@ -4,23 +4,24 @@ import pytest
 from training.conftest import losses, pretrain
 
 STEPS, SAVED = 6, 3
-DENSE = ["--train-iters", str(STEPS), "--micro-batch-size", "2", "--global-batch-size", "4"]
-DENSE += ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
-EXPERTS = [
-    *("--num-experts 4 --moe-router-topk 2 --moe-layer-freq [0,1] --moe-ffn-hidden-size 24".split()),
-    *("--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall --bf16".split()),
-]
+DENSE = f"""
+    --train-iters {STEPS} --micro-batch-size 2 --global-batch-size 4 --save-interval {SAVED}
+    --use-distributed-optimizer
+""".split()
+RESHARDABLE = ["--dist-ckpt-optim-fully-reshardable"]
+EXPERTS = """
+    --num-experts 4 --moe-router-topk 2 --moe-layer-freq [0,1] --moe-ffn-hidden-size 24
+    --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall --bf16
+""".split()
 
 
 @pytest.fixture(scope="module")
 def tensor_parallel_run(dataset, tmp_path_factory):
     """Six iterations under tensor and sequence parallelism, saved after the third."""
     folder = tmp_path_factory.mktemp("tp2")
-    arguments = [*DENSE, "--data-path", dataset, "--save-interval", str(SAVED)]
+    arguments = [*DENSE, *RESHARDABLE, "--data-path", dataset]
     layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
-    out = pretrain(
-        2, *arguments, *layout, "--save", f"{folder}/save", "--tensorboard-dir", f"{folder}/log"
-    )
+    out = pretrain(2, *arguments, *layout, "--save", f"{folder}/save", "--tensorboard-dir", f"{folder}/log")
     assert "CCA attention: 2 layers" in out
     assert "device: cpu" in out
     return folder, arguments, layout
@@ -56,8 +57,7 @@ def test_a_tensor_parallel_checkpoint_goes_on_in_one_process(tensor_parallel_run
 
 def test_experts_in_bf16_resume_exactly(dataset, tmp_path):
     """Expert parallelism and the distributed optimizer, as in the quickstart."""
-    arguments = [*DENSE, *EXPERTS, "--data-path", dataset, "--save-interval", str(SAVED)]
-    arguments.remove("--dist-ckpt-optim-fully-reshardable")
+    arguments = [*DENSE, *EXPERTS, "--data-path", dataset]
     pretrain(2, *arguments, "--save", f"{tmp_path}/save", "--tensorboard-dir", f"{tmp_path}/log")
     whole, rest = losses(tmp_path / "log"), go_on(tmp_path, arguments, 2, "again")
     assert rest == {step: whole[step] for step in range(SAVED + 1, STEPS + 1)}
