@@ -8,7 +8,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 # Ranks share the machine, so each runs one thread.
-TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --local-ranks-filter 0
+TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone
 
 .PHONY: help setup setup-dev quickstart test test-all lint clean
 

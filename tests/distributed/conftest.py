@@ -10,9 +10,19 @@ import pytest
 import torch.distributed as dist
 from support.megatron import microbatches, start_distributed
 
-if os.environ.get("RANK", "0") != "0":
-    # One report is enough; a failure on another rank still shows in its exit status and its traceback.
-    os.environ["PYTEST_ADDOPTS"] = "-q --no-header --no-summary"
+
+def pytest_configure(config):
+    """One running report is enough: other ranks speak up only for their own failures."""
+    if os.environ.get("RANK", "0") != "0":
+        config.option.verbose = -2
+        config.option.no_header = True
+        config.option.reportchars = ""
+
+
+def pytest_report_teststatus(report):
+    if os.environ.get("RANK", "0") != "0" and not report.failed:
+        return "", "", ""
+    return None
 
 
 def pytest_collection_modifyitems(items):

@@ -42,9 +42,10 @@ class Layout:
     sp: bool = False
     pp: int = 1
     ep: int = 1
+    etp: int = 1
 
     def __str__(self) -> str:
-        names = {"tp": self.tp, "pp": self.pp, "ep": self.ep}
+        names = {"tp": self.tp, "pp": self.pp, "ep": self.ep, "etp": self.etp}
         axes = [f"{name}{size}" for name, size in names.items() if size > 1]
         return "-".join([*axes, *(["sp"] if self.sp else [])]) or "single"
 
@@ -75,7 +76,7 @@ def parallel(layout: Layout) -> Iterator[None]:
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=1 if layout.ep > 1 else None,
+        expert_tensor_parallel_size=layout.etp,
     )
     model_parallel_cuda_manual_seed(11, force_reset_rng=True)
     torch.manual_seed(11)
@@ -110,7 +111,7 @@ def tiny_config(layout: Layout | None = None, **settings: Any) -> TransformerCon
         "sequence_parallel": layout.sp,
         "pipeline_model_parallel_size": layout.pp,
         "expert_model_parallel_size": layout.ep,
-        "expert_tensor_parallel_size": 1 if layout.ep > 1 else None,
+        "expert_tensor_parallel_size": layout.etp,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
     }
