@@ -176,7 +176,7 @@ class CCASelfAttention(SelfAttention):
         mix = self._mix_function(rotary_pos_emb, packed_seq_params)
         recompute = None
         if self.cca.recompute_mix and self.training:
-            recompute = tensor_parallel.CheckpointWithoutOutput(fp8=self.config.fp8)
+            recompute = tensor_parallel.CheckpointWithoutOutput(fp8=self.config.fp8 or self.config.fp4)
             query, key, value = recompute.checkpoint(mix, mixed)
         else:
             query, key, value = mix(mixed)

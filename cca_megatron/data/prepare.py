@@ -104,7 +104,7 @@ def prepare(
     skipped: Counter[str] = Counter()
     try:
         builder = IndexedDatasetBuilder(str(part_data), DType.optimal_dtype(encoder.vocab_size))
-        for unit, encoded in _encode_all(units, tokenizer, text_key, workers):
+        for unit, encoded in _encode_all(units, tokenizer, encoder, text_key, workers):
             if strict and encoded.skipped:
                 first = encoded.skipped[0]
                 raise DataError(f"{first.where} is {first.reason}; without --strict it is skipped")
@@ -139,10 +139,13 @@ def _append(builder: Any, encoded: _Encoded) -> None:
 
 
 def _encode_all(
-    units: list[Unit], tokenizer: str, text_key: str, workers: int | None
+    units: list[Unit], tokenizer: str, encoder: Encoder, text_key: str, workers: int | None
 ) -> Iterator[tuple[Unit, _Encoded]]:
-    """Units with their tokens, in order, from a pool of processes that runs a little ahead."""
+    """Units with their tokens, in order; several workers are a pool that runs a little ahead."""
     count = min(workers or os.cpu_count() or 1, max(len(units), 1))
+    if count == 1:
+        yield from ((unit, _encode(unit, encoder, text_key)) for unit in units)
+        return
     with ProcessPoolExecutor(
         count,
         mp_context=multiprocessing.get_context("spawn"),
@@ -152,7 +155,7 @@ def _encode_all(
         ahead: deque[tuple[Unit, Future[_Encoded]]] = deque()
         try:
             for unit in units:
-                ahead.append((unit, pool.submit(_encode_unit, unit)))
+                ahead.append((unit, pool.submit(_encode_in_worker, unit)))
                 if len(ahead) > 4 * count:
                     first, future = ahead.popleft()
                     yield first, future.result()
@@ -174,8 +177,11 @@ def _start_worker(tokenizer: str, text_key: str) -> None:
     _worker = (load_encoder(tokenizer), text_key)
 
 
-def _encode_unit(unit: Unit) -> _Encoded:
-    encoder, text_key = _worker
+def _encode_in_worker(unit: Unit) -> _Encoded:
+    return _encode(unit, *_worker)
+
+
+def _encode(unit: Unit, encoder: Encoder, text_key: str) -> _Encoded:
     pieces: list[np.ndarray] = []
     lengths, text_bytes, skipped = [], 0, []
     for document in read_documents(unit, text_key):

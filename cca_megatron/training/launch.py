@@ -110,7 +110,7 @@ class _Stopper:
 def explain(lines: list[str], status: int) -> str:
     """The essence of a failed run's output: the first exception that a worker died of."""
     for number, line in enumerate(lines):
-        if "Traceback (most recent call last)" not in line:
+        if not line.endswith("Traceback (most recent call last):"):
             continue
         prefix = line.partition("Traceback")[0]  # "[rank0]: " on some lines
         body = [other.removeprefix(prefix) for other in lines[number + 1 :]]

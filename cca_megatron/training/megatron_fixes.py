@@ -1,6 +1,6 @@
-"""Two places where megatron-core 0.19 does not run as its wheel comes, and what our entry does about them.
+"""Places where megatron-core 0.19 does not run as its wheel comes, and what our entry does about them.
 
-Both concern installations without Transformer Engine and Apex or without Megatron's source tree; elsewhere
+They concern installations without Transformer Engine and Apex or without Megatron's source tree; elsewhere
 these functions change nothing.
 """
 
@@ -11,7 +11,14 @@ from typing import Any
 import torch
 
 
-def use_shipped_dataset_helpers() -> None:
+def apply() -> None:
+    """All fixes that this installation needs; before Megatron's training loop starts."""
+    _use_shipped_dataset_helpers()
+    _let_torch_adam_resume()
+    _let_modules_recompute_without_fp8()
+
+
+def _use_shipped_dataset_helpers() -> None:
     """Do not compile the dataset helpers if the wheel has brought them compiled.
 
     Megatron runs ``make`` at every start, and the wheel has no Makefile.
@@ -22,7 +29,7 @@ def use_shipped_dataset_helpers() -> None:
         utils.compile_helpers = lambda: None
 
 
-def let_torch_adam_resume() -> None:
+def _let_torch_adam_resume() -> None:
     """Let the distributed optimizer resume with PyTorch's AdamW.
 
     PyTorch's AdamW counts steps in a tensor for each parameter. Megatron asks for the count before a
@@ -59,6 +66,23 @@ def let_torch_adam_resume() -> None:
 
     cls.sharded_state_dict, cls.load_state_dict = with_state, with_own_steps
     cls._set_main_param_and_optimizer_states = without_step
+
+
+def _let_modules_recompute_without_fp8() -> None:
+    """Let ``--recompute-modules layernorm`` and others run without Transformer Engine.
+
+    The class behind them takes its own default, False, for a wish for FP8, and then misses the package.
+    """
+    from megatron.core.tensor_parallel import CheckpointWithoutOutput
+
+    cls: Any = CheckpointWithoutOutput
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def without_fp8(self: Any, fp8: Any = None) -> None:
+        init(self, fp8 or None)
+
+    cls.__init__ = without_fp8
 
 
 def _initialize_adam(optimizer: torch.optim.Optimizer) -> None:

@@ -36,8 +36,7 @@ def main() -> None:
     from cca_megatron.training.batch import build_datasets, forward_step
     from cca_megatron.training.model import model_config_from_args
 
-    megatron_fixes.use_shipped_dataset_helpers()
-    megatron_fixes.let_torch_adam_resume()
+    megatron_fixes.apply()
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
     args = parse_and_validate_args(extra_args_provider=add_arguments(device))
     pretrain(

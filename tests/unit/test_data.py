@@ -160,10 +160,11 @@ def test_a_killed_run_leaves_no_dataset(tmp_path):
 
 
 def test_a_dead_worker_is_reported(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("text")
-    monkeypatch.setattr(prepare_module, "_encode_unit", _die)
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("text")
+    monkeypatch.setattr(prepare_module, "_encode_in_worker", _die)
     with pytest.raises(DataError, match="a worker process died"):
-        make([tmp_path / "a.txt"], tmp_path / "d")
+        make([tmp_path], tmp_path / "o" / "d", workers=2)
 
 
 def _die(unit):

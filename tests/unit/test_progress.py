@@ -59,6 +59,7 @@ def test_the_bar_shows_loss_speed_and_time_left():
 def test_a_failure_is_explained_by_its_first_exception():
     lines = [
         "lots of output",
+        "['Traceback (most recent call last):\\n', '  File']",  # Megatron's own print of one
         "[rank1]: Traceback (most recent call last):",
         '[rank1]:   File "x.py", line 1, in f',
         "[rank1]:     assert a < b",
