@@ -155,7 +155,7 @@ class CCASelfAttention(SelfAttention):
         format b is 1, and convs, value shift, RoPE positions and attention respect the documents.
 
         Raises:
-            NotImplementedError: an inference context is given.
+            NotImplementedError: an inference context is given, or packed documents with mrope.
         """
         if deprecate_inference_params(inference_context, inference_params) is not None:
             raise NotImplementedError(
@@ -243,6 +243,11 @@ class CCASelfAttention(SelfAttention):
     def _cos_sin(self, angles: Tensor, cu_seqlens: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
         """cos and sin at each token from Megatron's table [positions, 1, 1, width]."""
         if cu_seqlens is not None:
+            if self.config.mrope_section is not None:
+                raise NotImplementedError(
+                    f"mrope_section={self.config.mrope_section} with packed documents: the positions of "
+                    "mrope are given per token, not counted in each document; mrope_section=None works"
+                )
             token = torch.arange(tokens, device=angles.device, dtype=cu_seqlens.dtype)
             document = torch.searchsorted(cu_seqlens, token, right=True) - 1
             # Padding after the last document may lie beyond the table; its rows are not used.
@@ -261,13 +266,11 @@ class CCASelfAttention(SelfAttention):
         packed_seq_params: PackedSeqParams | None,
     ) -> Tensor:
         """Core attention with Megatron's recomputation and offloading; [S, B, query heads * D]."""
-        manager = off_interface(self.offload_core_attention and self.training, query, "core_attn")
+        recomputed = self.checkpoint_core_attention and self.training
+        offloaded = self.offload_core_attention and self.training and not recomputed
+        attend = self._checkpointed_attention_forward if recomputed else self._run_core_attention
+        manager = off_interface(offloaded, query, "core_attn")
         with manager as query:
-            attend = (
-                self._checkpointed_attention_forward
-                if self.checkpoint_core_attention and self.training
-                else self._run_core_attention
-            )
             out = attend(
                 query,
                 key,

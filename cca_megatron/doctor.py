@@ -150,8 +150,13 @@ def _apex() -> Finding:
     return Finding("apex", "ok", _version("apex") or "NVIDIA's")
 
 
+def missing_build_tools() -> list[str]:
+    """What Megatron needs, beside torch, to compile the helper of its selective recomputation."""
+    return [tool for tool in ("c++", "ninja") if shutil.which(tool) is None]
+
+
 def _compiler() -> Finding:
-    missing = [tool for tool in ("c++", "ninja") if shutil.which(tool) is None]
+    missing = missing_build_tools()
     if missing:
         without = f"{' and '.join(missing)} not found; recompute_mix compiles a helper with it"
         return Finding("compiler", "absent", without)

@@ -63,7 +63,10 @@ wanted=$(cat pyproject.toml constraints.txt scripts/bootstrap.sh | sha256sum | c
 
 [ -x "$venv/bin/python" ] && works "$venv/bin/python" || make_venv
 echo "installing cca-megatron${extras:+ with extras: $extras} into $venv (about 5 GB, mostly PyTorch with CUDA)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+quiet=--quiet
+[ -t 1 ] && quiet=
+# shellcheck disable=SC2086  # $quiet may be nothing
+"$venv/bin/python" -m pip install $quiet --disable-pip-version-check \
     --constraint constraints.txt --editable ".${extras:+[$extras]}"
 # The extras contain the core, so its installation is done too.
 echo "$wanted" >"$stamp"

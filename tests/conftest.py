@@ -1,6 +1,8 @@
 """Put this process on the CPU backend before Megatron is imported, where there is no GPU."""
 
 import os
+import sys
+from pathlib import Path
 
 from cca_megatron.training.device import select_device
 
@@ -9,3 +11,6 @@ if select_device() == "cpu":
 
     cpu_backend.install()
     os.environ["CCA_DEVICE"] = "cpu"  # from here on PyTorch seems to have a GPU
+
+# Programs of the environment (ninja) are found as if it were activated.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

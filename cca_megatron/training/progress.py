@@ -46,7 +46,8 @@ def parse(line: str) -> Iteration | Note | None:
             seconds=float(milliseconds) / 1000,
         )
     if match := _VALIDATION.search(line):
-        return Note(f"iteration {match[1]}: {match[2] or 'validation'} loss {float(match[3]):.4f}")
+        which = f"final {match[2]}" if match[2] else "validation"
+        return Note(f"iteration {match[1]}: {which} loss {float(match[3]):.4f}")
     if match := _SAVED.search(line):
         return Note(f"iteration {match[1]}: checkpoint saved")
     if match := _LOADED.search(line):

@@ -1,5 +1,8 @@
 """One ``cca-megatron train`` from start to end: check, prepare data, train, report."""
 
+import os
+import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -7,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cca_megatron.data.prepare import Manifest, dataset_files, prepare, read_manifest
+from cca_megatron.doctor import missing_build_tools
 from cca_megatron.training import launch, report
 from cca_megatron.training.checkpoint import latest_iteration
 from cca_megatron.training.command import Command, build_command, check_data
@@ -29,7 +33,13 @@ def prepare_command(recipe_path: Path, overrides: list[str]) -> tuple[Command, D
         from cca_megatron.training import cpu_backend
 
         cpu_backend.install()
-    return build_command(recipe, device), device
+    command = build_command(recipe, device)
+    if command.args.cca_recompute_mix and (missing := missing_build_tools()):
+        raise RecipeError(
+            f"cca.recompute_mix=true: Megatron compiles a helper for it, and {' and '.join(missing)} "
+            "cannot be found on the PATH; install it, or cca.recompute_mix=false works"
+        )
+    return command, device
 
 
 def _check_machine(recipe: Recipe, device: Device) -> None:
@@ -107,6 +117,7 @@ def prepare_data(
         TimeRemainingColumn(compact=True),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     ) as bar:
         task = bar.add_task("", total=None)
         manifest = prepare(
@@ -152,11 +163,19 @@ def _report(command: Command, console: Console) -> None:
         picture = recipe.output / "loss.png"
         report.plot_losses(curves, bigram, picture)
         lines.append(("loss curve", str(picture.resolve())))
-        lines.append(("TensorBoard", f"tensorboard --logdir {recipe.tensorboard}"))
+        lines.append(("TensorBoard", f"{_program('tensorboard')} --logdir {recipe.tensorboard}"))
+    again = f"{_program('cca-megatron')} train {recipe.path}"
     lines += [
-        ("next", f"train longer: cca-megatron train {recipe.path} megatron.train-iters=N"),
-        ("", f"try a variant: cca-megatron train {recipe.path} cca.temperature=exp output=runs/exp"),
+        ("next", f"train longer: {again} megatron.train-iters=N"),
+        ("", f"try a variant: {again} cca.temperature=exp output=runs/exp"),
     ]
     console.print()
     for name, text in lines:
         console.print(f"{name:<16}{text}", markup=False, soft_wrap=True)
+
+
+def _program(name: str) -> str:
+    """How to start a program of this environment from here, whether or not the environment is activated."""
+    if shutil.which(name):
+        return name
+    return os.path.relpath(Path(sys.executable).parent / name)

@@ -24,7 +24,8 @@ VARIANTS = {
     "full recompute": (
         "dense",
         1,
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+        " --cca-recompute-mix",
     ),
     "selective recompute": (
         "dense",

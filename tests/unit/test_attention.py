@@ -1,7 +1,6 @@
 """CCASelfAttention in one process: wiring, documents, recomputation, checkpoints, clipping."""
 
 import dataclasses
-import shutil
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from support.naive_cca import naive_mix
 
 from cca_kernels import MixOptions, MixWeights
 from cca_megatron import CCAConfig
+from cca_megatron.doctor import missing_build_tools
 from cca_megatron.specs import cca_layer_spec
 
 TOKENS = 9
@@ -200,10 +200,9 @@ def test_selective_recompute_of_core_attention_changes_nothing():
         assert torch.equal(gradient, again[1][name]), name
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="Megatron compiles a helper for it")
+@pytest.mark.skipif(bool(missing_build_tools()), reason="Megatron compiles a helper for it")
 @pytest.mark.parametrize("core", [False, True])
 def test_recomputing_the_mix_changes_nothing(core):
-    pytest.importorskip("ninja")
     settings = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]} if core else {}
     x = hidden_states()
     plain = run(attention(), x)
@@ -269,6 +268,8 @@ def test_what_it_does_not_do_is_refused_by_name():
         module.get_query_key_value_tensors(x)
     with pytest.raises(ValueError, match="qkv_format='sbhd'"):
         module(x, None, packed_seq_params=PackedSeqParams(qkv_format="sbhd"))
+    with pytest.raises(NotImplementedError, match="mrope_section"):
+        run(attention(mrope_section=[1, 1, 0]), hidden_states(batch=1), packed_seq_params=packed(4, 9))
 
 
 @pytest.mark.parametrize("settings", [{"rotary_interleaved": True}, {"no_rope_freq": [1, 0]}])

@@ -31,7 +31,7 @@ def test_events_are_read():
             "iteration 20: validation loss 3.1333"
         ),
         " validation loss at iteration 40 on test set | lm loss value: 2.567349E+00 | lm loss PPL: 1 | ": (
-            "iteration 40: test loss 2.5673"
+            "iteration 40: final test loss 2.5673"
         ),
         "  [x] successfully saved checkpoint from iteration      40 to runs/q [ t 1/1, p 1/1 ]": (
             "iteration 40: checkpoint saved"
