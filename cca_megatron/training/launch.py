@@ -5,6 +5,7 @@ import signal
 import subprocess
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -20,7 +21,13 @@ class TrainingError(Exception):
     """The training processes ended with an error; the message has its essence."""
 
 
-def run(command: Command, device: Device, log: Path | None, on_line: Callable[[str], None]) -> bool:
+def run(
+    command: Command,
+    device: Device,
+    log: Path | None,
+    on_line: Callable[[str], None],
+    say: Callable[[str], None],
+) -> bool:
     """Train, handing on every line of output; True if the run was stopped by Ctrl-C or SIGTERM.
 
     On the first Ctrl-C or SIGTERM the workers are asked to save and exit (Megatron's
@@ -31,6 +38,7 @@ def run(command: Command, device: Device, log: Path | None, on_line: Callable[[s
         device: where it runs.
         log: file that gets all lines too; None keeps no log.
         on_line: called for each line, without its end.
+        say: called with what the user should read at once.
 
     Raises:
         TrainingError: the processes failed.
@@ -48,7 +56,7 @@ def run(command: Command, device: Device, log: Path | None, on_line: Callable[[s
         # A session of its own: the terminal's Ctrl-C reaches us alone, and we decide.
         start_new_session=True,
     )
-    stopper = _Stopper(process, on_line)
+    stopper = _Stopper(process, say)
     previous = {s: signal.signal(s, stopper.handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         assert process.stdout is not None
@@ -93,12 +101,14 @@ class _Stopper:
         self._say("stopping: a checkpoint is saved after this step; once more stops at once")
         # torchrun would give its workers 30 seconds, so they are asked directly.
         for worker in self._descendants():
-            if "--module" not in worker.cmdline():
-                worker.send_signal(signal.SIGTERM)
+            with suppress(psutil.NoSuchProcess):
+                if "--module" not in worker.cmdline():
+                    worker.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         for child in [*self._descendants(), psutil.Process(self._process.pid)]:
-            child.kill()
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
 
     def _descendants(self) -> list[psutil.Process]:
         try:

@@ -144,11 +144,15 @@ def _run(command: Command, device: Device, console: Console) -> None:
         log = recipe.output / "logs" / time.strftime("train-%Y%m%d-%H%M%S.log")
         console.print(f"log: {log.resolve()}", markup=False, soft_wrap=True)
     if not console.is_terminal:
-        stopped = launch.run(command, device, log, lambda line: print(line, flush=True))
+
+        def show(line: str) -> None:
+            print(line, flush=True)
+
+        stopped = launch.run(command, device, log, show, show)
     else:
         bar = LiveBar(console, args.train_iters or 0, args.global_batch_size * args.seq_length)
         with bar.shown():
-            stopped = launch.run(command, device, log, bar.feed)
+            stopped = launch.run(command, device, log, bar.feed, bar.note)
     if stopped:
         console.print("stopped; the same command goes on from the last checkpoint")
 
