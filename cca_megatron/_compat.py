@@ -3,6 +3,8 @@
 One place to look at when Megatron moves something. Optional packages have a ``HAVE_`` flag here.
 """
 
+import sys
+
 import megatron.core
 
 _SUPPORTED = (0, 19)
@@ -15,6 +17,7 @@ if _version < _SUPPORTED:
 
 # ruff: noqa: E402  the version comes first, so that an old Megatron gets a message and no traceback
 from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.backends import LocalSpecProvider
@@ -53,11 +56,11 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     is_layer_window_attention,
-    make_sharded_tensors_for_checkpoint,
 )
 from megatron.core.utils import (
     deprecate_inference_params,
     get_pg_rank,
+    get_pg_size,
     log_single_rank,
     nvtx_range_pop,
     nvtx_range_push,
@@ -67,6 +70,14 @@ if HAVE_TE:
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 else:
     TESpecProvider = None
+
+
+def cuts_whole_stream() -> bool:
+    """Whether Megatron's arguments, where there are any, let documents cross context-parallel ranks."""
+    training = sys.modules.get("megatron.training.global_vars")
+    args = getattr(training, "_GLOBAL_ARGS", None)
+    return bool(getattr(args, "dataloader_inter_document_masking", False))
+
 
 __all__ = [
     "HAVE_TE",
@@ -86,11 +97,13 @@ __all__ = [
     "ProcessGroupCollection",
     "SelfAttention",
     "SelfAttentionSubmodules",
+    "ShardedTensor",
     "TESpecProvider",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",
     "TransformerLayerSubmodules",
+    "cuts_whole_stream",
     "deprecate_inference_params",
     "ensure_metadata_has_dp_cp_group",
     "get_gpt_decoder_block_spec",
@@ -99,11 +112,11 @@ __all__ = [
     "get_gpt_mtp_block_spec_for_backend",
     "get_num_layers_to_build",
     "get_pg_rank",
+    "get_pg_size",
     "get_transformer_layer_offset",
     "hybrid_stack_spec",
     "is_layer_window_attention",
     "log_single_rank",
-    "make_sharded_tensors_for_checkpoint",
     "nvtx_range_pop",
     "nvtx_range_push",
     "off_interface",

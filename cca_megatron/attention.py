@@ -23,15 +23,14 @@ from cca_megatron._compat import (
     TransformerConfig,
     deprecate_inference_params,
     ensure_metadata_has_dp_cp_group,
-    get_pg_rank,
-    make_sharded_tensors_for_checkpoint,
     nvtx_range_pop,
     nvtx_range_push,
     off_interface,
-    set_tensor_model_parallel_attributes,
     tensor_parallel,
 )
 from cca_megatron.config import CCAConfig, check_config
+from cca_megatron.mix_parameters import GroupShare, gradient_summed, new_parameter, sharded_parameters
+from cca_megatron.parallel.context import ContextShard, context_shard, document_starts
 
 
 class CCASelfAttention(SelfAttention):
@@ -81,57 +80,40 @@ class CCASelfAttention(SelfAttention):
 
     def _build_mix(self) -> None:
         dim, groups = self.hidden_size_per_attention_head, self.num_query_groups_per_partition
+        share = self.group_share = GroupShare(self.config.num_query_groups, self.tp_group)
         self.query_heads_per_group = self.num_attention_heads_per_partition // groups
         channels = groups * (self.query_heads_per_group + 1) * dim
         k0, k1 = self.cca.conv_kernel_sizes
         initial = self.cca.initial_temperature
         zeros = torch.nn.init.zeros_
         bias0, bias1 = (self.cca.conv_bias and on for on in (self.cca.conv0, self.cca.conv1))
-        self._register("conv0_weight", (channels, 1, k0), _uniform(k0), self.cca.conv0)
-        self._register("conv0_bias", (channels,), zeros, bias0)
-        self._register("conv1_weight", (channels, dim, k1), _uniform(dim * k1), self.cca.conv1)
-        self._register("conv1_bias", (channels,), zeros, bias1)
-        self._register("temperature", (groups,), lambda t: torch.nn.init.constant_(t, initial))
+        for name, shape, init, present in (
+            ("conv0_weight", (channels, 1, k0), _uniform(k0), self.cca.conv0),
+            ("conv0_bias", (channels,), zeros, bias0),
+            ("conv1_weight", (channels, dim, k1), _uniform(dim * k1), self.cca.conv1),
+            ("conv1_bias", (channels,), zeros, bias1),
+            ("temperature", (groups,), lambda t: torch.nn.init.constant_(t, initial), True),
+        ):
+            parameter = new_parameter(shape, init, self.config, share) if present else None
+            self.register_parameter(name, parameter)
 
         delay_from = None
         if self.cca.value_shift:
             # The delayed half is counted over the value channels of all ranks.
-            first = get_pg_rank(self.tp_group) * groups * dim
+            first = share.part * groups * dim
             half = self.config.num_query_groups * dim // 2
             delay_from = min(max(half - first, 0), groups * dim)
+        query_heads = None
+        if share.sharers > 1:
+            count = self.query_heads_per_group // share.sharers
+            query_heads = (share.place * count, count)
         self._mix_options = MixOptions(
             qk_mean=self.cca.qk_mean,
             value_delay_from=delay_from,
             temperature_form=self.cca.temperature,
             rotary_interleaved=self.config.rotary_interleaved,
+            query_heads=query_heads,
         )
-
-    def _register(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        init: Callable[[Tensor], Any],
-        present: bool = True,
-    ) -> None:
-        """A parameter cut along axis 0 by tensor parallelism, initialised as Megatron's linears are."""
-        if not present:
-            self.register_parameter(name, None)
-            return
-        config = self.config
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        parameter = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
-        self.register_parameter(name, parameter)
-        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
-        if not config.perform_initialization:
-            return
-        if config.use_cpu_initialization:
-            # Every rank draws the whole tensor and keeps its part: the same model for every TP size.
-            whole = torch.empty(shape[0] * self.world_size, *shape[1:], dtype=torch.float)
-            init(whole)
-            parameter.data.copy_(whole.chunk(self.world_size)[get_pg_rank(self.tp_group)])
-        else:
-            with tensor_parallel.get_cuda_rng_tracker().fork():
-                init(parameter)
 
     def forward(
         self,
@@ -173,7 +155,7 @@ class CCASelfAttention(SelfAttention):
         nvtx_range_pop(suffix="qkv")
 
         nvtx_range_push(suffix="cca_mix")
-        mix = self._mix_function(rotary_pos_emb, packed_seq_params)
+        mix = self._mix_function(rotary_pos_emb, packed_seq_params, tokens=mixed.shape[0])
         recompute = None
         if self.cca.recompute_mix and self.training:
             recompute = tensor_parallel.CheckpointWithoutOutput(fp8=self.config.fp8 or self.config.fp4)
@@ -201,6 +183,13 @@ class CCASelfAttention(SelfAttention):
     def _project(self, hidden_states: Tensor) -> Tensor:
         """Latents of this rank's groups, [S, B, G, R+2, D]: R queries, key and value per group."""
         mixed, _ = self.linear_qkv(hidden_states)
+        share = self.group_share
+        if share.sharers > 1:
+            # linear_qkv cuts through the groups, so the ranks put them together again, as Megatron does.
+            mixed = tensor_parallel.all_gather_last_dim_from_tensor_parallel_region(
+                mixed, group=self.tp_group
+            )
+            mixed = mixed.chunk(share.parts, -1)[share.part]
         return mixed.unflatten(
             -1,
             (
@@ -214,45 +203,46 @@ class CCASelfAttention(SelfAttention):
         self,
         rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None,
         packed_seq_params: PackedSeqParams | None,
+        tokens: int,
     ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
         """The mix as a function of the latents alone, as recomputation needs it."""
-        weights = MixWeights(
-            self.conv0_weight,
-            self.conv0_bias,
-            self.conv1_weight,
-            self.conv1_bias,
-            self.temperature,
-        )
-        cu_seqlens = _document_starts(packed_seq_params)
         angles = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
+        shard = self._context_shard(packed_seq_params, tokens)
+        cu_seqlens = positions = None
+        if packed_seq_params is not None:
+            cu_seqlens = document_starts(packed_seq_params)
+            positions = _positions(cu_seqlens, tokens) if shard is None else shard.positions
 
         def mix(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            rotary = None
-            if angles is not None:
-                rotary = self._cos_sin(angles, cu_seqlens, tokens=mixed.shape[0])
-            return cca_mix(
-                mixed,
-                weights,
-                self._mix_options,
-                rotary=rotary,
-                cu_seqlens=cu_seqlens if self.cca.reset_at_document_start else None,
+            rotary = None if angles is None else self._cos_sin(angles, positions)
+            weights = MixWeights._make(
+                gradient_summed(getattr(self, name), self.group_share) for name in MixWeights._fields
             )
+            resets = self.cca.reset_at_document_start
+            if shard is None:
+                starts = cu_seqlens if resets else None
+                return cca_mix(mixed, weights, self._mix_options, rotary=rotary, cu_seqlens=starts)
+            stream = shard if resets else shard.undivided
+            return stream.mix(mixed, weights, self._mix_options, rotary)
 
         return mix
 
-    def _cos_sin(self, angles: Tensor, cu_seqlens: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
+    def _context_shard(self, packed_seq_params: PackedSeqParams | None, tokens: int) -> ContextShard | None:
+        """How the tokens of this micro-batch lie on the context-parallel ranks; None if on one."""
+        if packed_seq_params is not None and self.config.mrope_section is not None:
+            raise NotImplementedError(
+                f"mrope_section={self.config.mrope_section} with packed documents: the positions of "
+                "mrope are given per token, not counted in each document; mrope_section=None works"
+            )
+        return context_shard(
+            tokens, self.pg_collection.cp, self.temperature.device, packed_seq_params, self.cca.packed_zigzag
+        )
+
+    def _cos_sin(self, angles: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """cos and sin at each token from Megatron's table [positions, 1, 1, width]."""
-        if cu_seqlens is not None:
-            if self.config.mrope_section is not None:
-                raise NotImplementedError(
-                    f"mrope_section={self.config.mrope_section} with packed documents: the positions of "
-                    "mrope are given per token, not counted in each document; mrope_section=None works"
-                )
-            token = torch.arange(tokens, device=angles.device, dtype=cu_seqlens.dtype)
-            document = torch.searchsorted(cu_seqlens, token, right=True) - 1
+        if positions is not None:
             # Padding after the last document may lie beyond the table; its rows are not used.
-            position = (token - cu_seqlens[document]).clamp(max=angles.shape[0] - 1)
-            angles = angles[position]
+            angles = angles[positions.clamp(max=angles.shape[0] - 1)]
         scale = self._yarn_concentration_factor
         return angles.cos() * scale, angles.sin() * scale
 
@@ -334,16 +324,7 @@ class CCASelfAttention(SelfAttention):
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         own = dict(self.named_parameters(recurse=False))
-        sharded.update(
-            make_sharded_tensors_for_checkpoint(
-                own,
-                prefix,
-                dict.fromkeys(own, 0),
-                sharded_offsets,
-                tp_group=self.tp_group,
-                dp_cp_group=metadata["dp_cp_group"],
-            )
-        )
+        sharded |= sharded_parameters(own, prefix, sharded_offsets, self.group_share, metadata["dp_cp_group"])
         return sharded
 
 
@@ -353,14 +334,7 @@ def _uniform(fan_in: int) -> Callable[[Tensor], Any]:
     return lambda weight: torch.nn.init.uniform_(weight, -bound, bound)
 
 
-def _document_starts(packed_seq_params: PackedSeqParams | None) -> Tensor | None:
-    """cu_seqlens in the layout of the token stream (padded, where documents are padded)."""
-    if packed_seq_params is None:
-        return None
-    if packed_seq_params.qkv_format != "thd":
-        raise ValueError(
-            f"packed_seq_params.qkv_format={packed_seq_params.qkv_format!r}: packed documents come in "
-            "'thd' format"
-        )
-    padded = packed_seq_params.cu_seqlens_q_padded
-    return packed_seq_params.cu_seqlens_q if padded is None else padded
+def _positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """[tokens], the position of each token in its document."""
+    token = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return token - cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]

@@ -6,7 +6,10 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
+from cca_megatron.context_rules import context_problems
+
 TemperatureForm = Literal["linear", "exp"]
+PackedZigzag = Literal["document", "stream"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class CCAConfig:
     """Start convs and value shift afresh at every packed document; off mixes across documents."""
     recompute_mix: bool = False
     """Recompute convs, norm and RoPE in the backward pass instead of keeping q, k and v."""
+    packed_zigzag: PackedZigzag = "document"
+    """How the data loader cuts packed documents over context-parallel ranks: each document for itself
+    (Megatron's ``thd`` layout), or the whole stream, so that documents cross ranks anywhere. The latter
+    is what ``--dataloader-inter-document-masking`` does, and is taken by itself where that is given."""
 
     def __post_init__(self) -> None:
         if isinstance(self.conv_kernel_sizes, list):  # as YAML and argparse give it
@@ -140,7 +147,10 @@ def config_problems(config: Any, cca: CCAConfig) -> list[str]:
     Returns:
         One message per problem: setting, value, rule, and a value that works. Empty if all is well.
     """
-    return [*_own_problems(cca), *_head_problems(config, cca), *_conflicts(config)]
+    heads = _head_problems(config, cca)
+    # Rules about heads per rank make sense once there are whole heads.
+    context = [] if heads else context_problems(config, cca.packed_zigzag)
+    return [*_own_problems(cca), *heads, *_conflicts(config), *context]
 
 
 def check_config(config: Any, cca: CCAConfig) -> None:
@@ -159,6 +169,10 @@ def _own_problems(cca: CCAConfig) -> list[str]:
         problems.append(
             f"conv_kernel_sizes={sizes!r}: each must be a whole number of at least 1; (2, 2) works "
             "(conv0=False or conv1=False turns one off)"
+        )
+    if cca.packed_zigzag not in get_args(PackedZigzag):
+        problems.append(
+            f"packed_zigzag={cca.packed_zigzag!r}: must be 'document' or 'stream'; 'document' works"
         )
     if cca.temperature not in get_args(TemperatureForm):
         problems.append(f"temperature={cca.temperature!r}: must be 'linear' or 'exp'; 'linear' works")
@@ -205,11 +219,17 @@ def _head_problems(config: Any, cca: CCAConfig) -> list[str]:
             f"num_attention_heads={heads}: must be a multiple of num_query_groups={groups}; "
             f"num_attention_heads={_next_multiple(heads, groups)} works"
         )
-    if groups % tp:
+    if groups % tp and tp % groups:
         problems.append(
-            f"num_query_groups={groups}: must be a multiple of tensor_model_parallel_size={tp}, "
-            "so that each rank holds whole key/value groups; "
+            f"num_query_groups={groups}: must be a multiple or a divisor of tensor_model_parallel_size={tp}, "
+            "so that each rank holds whole key/value groups or a part of one; "
             f"tensor_model_parallel_size={math.gcd(groups, tp)} works"
+        )
+    if tp > groups and getattr(config, "qk_clip", False):
+        problems.append(
+            f"qk_clip=True with num_query_groups={groups} and tensor_model_parallel_size={tp}: the largest "
+            "logit of a group would be known to a part of its ranks only; "
+            f"tensor_model_parallel_size={groups} works"
         )
     if heads % tp:
         problems.append(
@@ -247,10 +267,4 @@ def _conflicts(config: Any) -> list[str]:
     variant = getattr(config, "experimental_attention_variant", None)
     if variant is not None:
         problems.append(f"experimental_attention_variant={variant!r}: CCA is chosen by its spec; None works")
-    context_parallel = getattr(config, "context_parallel_size", 1)
-    if context_parallel > 1:
-        problems.append(
-            f"context_parallel_size={context_parallel}: the convs would lose the tokens before each "
-            "chunk; context_parallel_size=1 works"
-        )
     return problems

@@ -15,6 +15,7 @@ Settings other than the default are bound in a module of your own::
 
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 try:
@@ -34,6 +35,7 @@ try:
         TransformerConfig,
         TransformerLayer,
         TransformerLayerSubmodules,
+        cuts_whole_stream,
         get_gpt_decoder_block_spec,
         get_gpt_decoder_layer_specs,
         get_gpt_layer_local_submodules,
@@ -46,6 +48,7 @@ try:
     )
     from cca_megatron.attention import CCASelfAttention
     from cca_megatron.local_backend import CCALocalSpecProvider, LocalNorm
+    from cca_megatron.parallel.core_attention import LocalCoreAttention
 except ImportError as error:
     # Megatron swallows an ImportError from a --spec module and then trains ordinary attention.
     raise RuntimeError(
@@ -142,6 +145,8 @@ def _transformer_config(config: Any) -> TransformerConfig:
 
 def _checked(config: TransformerConfig, cca: CCAConfig | None) -> CCAConfig:
     cca = cca or CCAConfig()
+    if cuts_whole_stream() and config.context_parallel_size > 1:
+        cca = replace(cca, packed_zigzag="stream")
     check_config(config, cca)
     return cca
 
@@ -181,6 +186,9 @@ def _with_cca(layer: ModuleSpec, use_te: bool, cca: CCAConfig) -> ModuleSpec:
 def _replace_attention(submodules: TransformerLayerSubmodules, cca: CCAConfig) -> TransformerLayerSubmodules:
     # CCA has a norm of its own, and Megatron refuses one that its settings do not ask for.
     linears = replace(submodules.self_attention.submodules, q_layernorm=None, k_layernorm=None)
+    if cca.packed_zigzag == "stream":
+        # Transformer Engine knows documents that are cut one by one only.
+        linears = replace(linears, core_attention=partial(LocalCoreAttention, packed_zigzag="stream"))
     attention = ModuleSpec(
         module=CCASelfAttention,
         params={"attn_mask_type": AttnMaskType.causal, "cca": cca},
@@ -192,7 +200,9 @@ def _replace_attention(submodules: TransformerLayerSubmodules, cca: CCAConfig) -
 def _localize(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
     """Put the local backend's norms and core attention into a layer of Megatron's local backend."""
     attention = submodules.self_attention
-    linears = replace(attention.submodules, core_attention=CCALocalSpecProvider().core_attention())
+    linears = attention.submodules
+    if attention.params["cca"].packed_zigzag == "document":
+        linears = replace(linears, core_attention=CCALocalSpecProvider().core_attention())
     # In checkpoints a norm is named as Transformer Engine names it, fused into the linear after it, so
     # that what one backend saved the other loads. A MoE layer has no such linear.
     names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}

@@ -4,6 +4,7 @@ Megatron's own ``DotProductAttention`` materialises an S x S score matrix, and t
 documents nor context parallelism. Where Transformer Engine is installed, its module is used instead.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -19,6 +20,11 @@ from cca_megatron._compat import (
     is_layer_window_attention,
     tensor_parallel,
 )
+from cca_megatron.config import PackedZigzag
+from cca_megatron.context_rules import context_problems
+from cca_megatron.parallel.context import context_shard, document_starts
+from cca_megatron.parallel.context_attention import context_attention
+from cca_megatron.parallel.head_exchange import attend_by_heads
 
 
 class LocalCoreAttention(MegatronModule):
@@ -41,8 +47,13 @@ class LocalCoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        packed_zigzag: PackedZigzag = "document",
     ):
         super().__init__(config=config)
+        problems = context_problems(config, "stream")
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.packed_zigzag = packed_zigzag
         if attention_type != "self" or attn_mask_type != AttnMaskType.causal:
             raise ValueError(
                 f"attention_type={attention_type!r} with attn_mask_type={attn_mask_type}: the local "
@@ -53,16 +64,14 @@ class LocalCoreAttention(MegatronModule):
                 f"softmax_type={config.softmax_type!r}: the local core attention has 'vanilla' only; "
                 "transformer_impl='transformer_engine' has the others"
             )
-        if config.context_parallel_size > 1:
-            raise ValueError(
-                f"context_parallel_size={config.context_parallel_size}: the local core attention sees "
-                "one chunk only; context_parallel_size=1 works"
-            )
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         left = config.window_size[0] if has_window and config.window_size else -1
         self.window: int | None = None if left < 0 else left
+        self.cp_group = None if pg_collection is None else getattr(pg_collection, "cp", None)
+        # Megatron leaves it None where nothing is asked for; Transformer Engine takes that for p2p.
+        self.cp_comm_type = cp_comm_type or "p2p"
 
     def forward(
         self,
@@ -95,20 +104,34 @@ class LocalCoreAttention(MegatronModule):
                 f"{'given' if attention_bias is not None else 'absent'}: the local core attention is "
                 "causal and has no bias"
             )
-        if packed_seq_params is None:
+        if packed_seq_params is not None:
+            query, key, value = (x[:, None] for x in (query, key, value))
+        shard = None
+        if self.cp_group is not None:
+            shard = context_shard(
+                query.shape[0], self.cp_group, query.device, packed_seq_params, self.packed_zigzag
+            )
+        if shard is None:
+            ends = None if packed_seq_params is None else document_starts(packed_seq_params).tolist()
+            out = self._attend_whole(query, key, value, ends)
+        elif self.cp_comm_type == "a2a":
+            attend = partial(self._attend_whole, ends=shard.layout.cu_seqlens.tolist())
+            out = attend_by_heads(query, key, value, shard, attend)
+        else:
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            return self._attend(q, k, v).permute(2, 0, 1, 3).flatten(2)
-        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-        return self._attend_documents(q, k, v, packed_seq_params)[0].transpose(0, 1).flatten(1)
+            scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+            out = context_attention(q, k, v, shard, self.cp_comm_type, scale).permute(2, 0, 1, 3)
+        out = out.flatten(2)
+        return out if packed_seq_params is None else out.squeeze(1)
 
-    def _attend_documents(
-        self, q: Tensor, k: Tensor, v: Tensor, packed_seq_params: PackedSeqParams
-    ) -> Tensor:
-        """[1, heads, S, D] -> [1, heads, S, D]; padding after the last document comes out as zero."""
-        cu_seqlens = packed_seq_params.cu_seqlens_q_padded
-        if cu_seqlens is None:
-            cu_seqlens = packed_seq_params.cu_seqlens_q
-        ends = cu_seqlens.tolist()
+    def _attend_whole(self, query: Tensor, key: Tensor, value: Tensor, ends: list[int] | None) -> Tensor:
+        """[S, B, heads, D] -> the same; all tokens are here, ``ends`` are the documents'."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = self._attend(q, k, v) if ends is None else self._attend_documents(q, k, v, ends)
+        return out.permute(2, 0, 1, 3)
+
+    def _attend_documents(self, q: Tensor, k: Tensor, v: Tensor, ends: list[int]) -> Tensor:
+        """[B, heads, S, D] -> the same; padding after the last document comes out as zero."""
         documents = [
             self._attend(*(x[:, :, start:end] for x in (q, k, v)))
             for start, end in pairwise(ends)

@@ -78,6 +78,13 @@ def _check(
         )
     if delay_from is not None and not 0 <= delay_from <= groups * dim:
         raise ValueError(f"value_delay_from={delay_from} must lie between 0 and {groups * dim}")
+    if options.query_heads is not None:
+        first, count = options.query_heads
+        if first < 0 or count < 1 or first + count > heads - 2:
+            raise ValueError(
+                f"query_heads={options.query_heads}: first and number must lie within the {heads - 2} query "
+                "heads of a group"
+            )
     if options.temperature_form not in ("linear", "exp"):
         raise ValueError(f"temperature_form={options.temperature_form!r} must be 'linear' or 'exp'")
     if rotary is not None:

@@ -78,6 +78,11 @@ class MixOptions:
     """tau = temperature, or tau = exp(temperature)."""
     rotary_interleaved: bool = False
     """Pair neighbouring channels in RoPE instead of the two halves."""
+    query_heads: tuple[int, int] | None = None
+    """First and number of the R query heads per group to return; None: all.
+
+    For a tensor-parallel rank that shares a group: it needs all latents for the mean of the key.
+    """
 
 
 def cca_mix_reference(
@@ -104,29 +109,34 @@ def cca_mix_reference(
         boundary: rows before each segment; None means that every segment starts a document.
 
     Returns:
-        q [S, B, G*R, D], k [S, B, G, D] and v [S, B, G, D] in the dtype of ``mixed``.
+        q [S, B, G*R, D], k [S, B, G, D] and v [S, B, G, D] in the dtype of ``mixed``. With
+        ``query_heads``, R is the number of these.
 
     The convs run in the dtype of ``mixed``; mean, norm, temperature and RoPE in at least fp32, with one
     rounding at the end. A zero row of q or k stays zero and passes no gradient. In fp32 on a GPU set
     ``torch.backends.cudnn.allow_tf32 = False`` to make the convs exact.
     """
     tokens, batch, groups, heads, dim = mixed.shape
-    queries_per_group = heads - 2
+    first, count = options.query_heads or (0, heads - 2)
     wide = torch.promote_types(mixed.dtype, torch.float32)
     latents, value = mixed[..., :-1, :], mixed[..., -1, :]
 
-    qk = _convolve(latents, weights, cu_seqlens, boundary).to(wide)
+    own = latents, weights, boundary
+    if count < heads - 2:
+        own = _select_heads(first, count, *own)
+    qk = _convolve(*own, cu_seqlens).to(wide)
     if options.qk_mean:
         query_latents, key_latent = latents[..., :-1, :].to(wide), latents[..., -1:, :].to(wide)
         query_mean = (query_latents + key_latent) / 2
-        qk = qk + torch.cat([query_mean, query_mean.mean(-2, keepdim=True)], -2)
+        key_mean = query_mean.mean(-2, keepdim=True)
+        qk = qk + torch.cat([query_mean[..., first : first + count, :], key_mean], -2)
 
     tau = weights.temperature.to(wide)
     if options.temperature_form == "exp":
         tau = tau.exp()
     q = _unit_rows(qk[..., :-1, :]) * dim**0.5
     k = _unit_rows(qk[..., -1, :]) * (dim**0.5 * tau[:, None])
-    q = q.reshape(tokens, batch, groups * queries_per_group, dim)
+    q = q.reshape(tokens, batch, groups * count, dim)
     if rotary is not None:
         q, k = (_rotate(x, *rotary, options.rotary_interleaved) for x in (q, k))
     q, k = q.to(mixed.dtype), k.to(mixed.dtype)
@@ -138,13 +148,35 @@ def cca_mix_reference(
     return q, k, v
 
 
+def _select_heads(
+    first: int, count: int, latents: Tensor, weights: MixWeights, boundary: Boundary | None
+) -> tuple[Tensor, MixWeights, Boundary | None]:
+    """What belongs to ``count`` query heads of each group and to the key head."""
+    groups, heads = latents.shape[2:4]
+
+    def select(x: Tensor, dim: int) -> Tensor:
+        return torch.cat([x.narrow(dim, first, count), x.narrow(dim, heads - 1, 1)], dim)
+
+    def of_weight(weight: Tensor | None) -> Tensor | None:
+        if weight is None:
+            return None
+        return select(weight.unflatten(0, (groups, heads, -1)), 1).flatten(0, 2)
+
+    own = MixWeights._make([*map(of_weight, weights[:-1]), weights.temperature])
+    if boundary is not None:
+        boundary = Boundary(select(boundary.latents, 4), boundary.value)
+    return select(latents, 3), own, boundary
+
+
 def _convolve(
-    latents: Tensor, weights: MixWeights, cu_seqlens: Tensor | None, boundary: Boundary | None
+    latents: Tensor, weights: MixWeights, boundary: Boundary | None, cu_seqlens: Tensor | None
 ) -> Tensor:
     """Both convs over [S, B, G, R+1, D], causal, padded once before the first (section 3.2)."""
     rows = weights.boundary_rows
     tokens, batch, *head_shape = latents.shape
     stream, position = _insert_rows(latents, rows, None if boundary is None else boundary.latents, cu_seqlens)
+    if tokens == 0:  # a conv refuses to have no outputs
+        stream = F.pad(stream, (0, 0) * (stream.dim() - 1) + (0, 1))
     x = stream.flatten(2).permute(1, 2, 0)  # [B, C, stream]
     if weights.conv0_weight is not None:
         x = F.conv1d(x, weights.conv0_weight, weights.conv0_bias, groups=x.shape[1])

@@ -26,10 +26,21 @@ def test_the_default_fits():
     check_config(FITS, CCAConfig())
 
 
+CP2 = {"context_parallel_size": 2}
+
 # setting to change, what the message must say: setting and value, rule, a value that works
 PROBLEMS = [
     ({"num_attention_heads": 9}, {}, "num_attention_heads=9: .* num_query_groups=2; .*=10 works"),
-    ({"tensor_model_parallel_size": 4}, {}, "num_query_groups=2: .* tensor_model_parallel_size=4.*=2 works"),
+    (
+        {"num_attention_heads": 12, "num_query_groups": 6, "tensor_model_parallel_size": 4},
+        {},
+        "num_query_groups=6: .* multiple or a divisor of tensor_model_parallel_size=4.*=2 works",
+    ),
+    (
+        {"tensor_model_parallel_size": 4, "qk_clip": True},
+        {},
+        "qk_clip=True with num_query_groups=2 and .*=4: .*tensor_model_parallel_size=2 works",
+    ),
     ({"num_query_groups": 1, "kv_channels": 5, "num_attention_heads": 1}, {}, "kv_channels=5 is odd.*=6"),
     ({"num_attention_heads": 0}, {}, "num_attention_heads=0: .* at least 1"),
     ({"kv_channels": -8}, {}, "kv_channels=-8: .* at least 1"),
@@ -38,7 +49,22 @@ PROBLEMS = [
     ({"multi_latent_attention": True}, {}, "multi_latent_attention=True.*=False works"),
     ({"attention_output_gate": True}, {}, "attention_output_gate=True"),
     ({"experimental_attention_variant": "dsa"}, {}, "experimental_attention_variant='dsa'.*None works"),
-    ({"context_parallel_size": 2}, {}, "context_parallel_size=2: .*context_parallel_size=1 works"),
+    (CP2 | {"hybrid_context_parallel": True}, {}, "hybrid_context_parallel=True.*=False works"),
+    (CP2 | {"cp_comm_type": "a2a+p2p"}, {}, "cp_comm_type='a2a\\+p2p': .*'p2p' works"),
+    (CP2 | {"attention_dropout": 0.1}, {}, "attention_dropout=0.1 .*attention_dropout=0 works"),
+    (CP2 | {"window_size": (8, 0)}, {}, "window_size=.*with 'a2a' only"),
+    (
+        CP2 | {"cp_comm_type": "a2a", "num_attention_heads": 3, "num_query_groups": 3},
+        {},
+        "cp_comm_type='a2a' with 3 query heads .* 6; cp_comm_type='p2p' works",
+    ),
+    (
+        CP2
+        | {"cp_comm_type": ["p2p", "a2a"], "num_query_groups": 1, "transformer_impl": "transformer_engine"},
+        {},
+        "cp_comm_type='a2a' with 1 KV heads .*'p2p' works",
+    ),
+    ({}, {"packed_zigzag": "batch"}, "packed_zigzag='batch': must be 'document' or 'stream'"),
     ({}, {"conv_kernel_sizes": (0, 2)}, r"conv_kernel_sizes=\(0, 2\): .* at least 1; \(2, 2\) works"),
     ({}, {"conv_kernel_sizes": (2, 1.5)}, r"conv_kernel_sizes=\(2, 1.5\)"),
     ({}, {"conv_kernel_sizes": (2,)}, r"conv_kernel_sizes=\(2,\): must be two sizes"),
@@ -67,12 +93,19 @@ def test_all_problems_are_named_at_once():
 
 def test_heads_and_groups_must_both_divide_over_tensor_parallel_ranks():
     groups, heads = config_problems(changed(tensor_model_parallel_size=3), CCAConfig())
-    assert groups.startswith("num_query_groups=2: must be a multiple of tensor_model_parallel_size=3")
+    assert groups.startswith(
+        "num_query_groups=2: must be a multiple or a divisor of tensor_model_parallel_size=3"
+    )
     assert heads.startswith("num_attention_heads=8: must be a multiple of tensor_model_parallel_size=3")
 
 
 @pytest.mark.parametrize(
-    "bad", [{"num_attention_heads": 9}, {"tensor_model_parallel_size": 4}, {"qk_layernorm": True}]
+    "bad",
+    [
+        {"num_attention_heads": 9},
+        {"num_query_groups": 4, "tensor_model_parallel_size": 6},
+        {"qk_layernorm": True},
+    ],
 )
 def test_the_value_in_the_message_works(bad):
     """Take the last word of each message at its word."""

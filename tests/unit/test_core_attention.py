@@ -124,7 +124,7 @@ REFUSED = {
     "attention_type='cross'": {"kind": "cross"},
     "attn_mask_type=": {"mask_type": AttnMaskType.padding},
     "softmax_type='learnable'": {"softmax_type": "learnable"},
-    "context_parallel_size=2": {"context_parallel_size": 2},
+    "cp_comm_type='a2a\\+p2p'": {"context_parallel_size": 2, "cp_comm_type": "a2a+p2p"},
 }
 
 

@@ -186,13 +186,13 @@ WRONG = {
     "invalid int value: 'many'": {"megatron": {"num-workers": "many"}},
     "invalid choice: 'tanh'": {"megatron": {"lr-decay-style": "tanh"}},
     "num_attention_heads=9: must be a multiple of num_query_groups=2": {"model": {"num-attention-heads": 9}},
-    "num_query_groups=2: must be a multiple of tensor_model_parallel_size=4": {
-        "megatron": {"tensor-model-parallel-size": 4},
-        "launch": {"gpus_per_node": 4},
+    "num_query_groups=2: must be a multiple or a divisor of tensor_model_parallel_size=3": {
+        "megatron": {"tensor-model-parallel-size": 3},
+        "launch": {"gpus_per_node": 3},
     },
     "conv_kernel_sizes=\\(0, 2\\)": {"cca": {"conv_kernel_sizes": [0, 2]}},
-    "context_parallel_size=2: .*context_parallel_size=1 works": {
-        "megatron": {"context-parallel-size": 2},
+    "cp_comm_type='a2a\\+p2p': .*'p2p' works": {
+        "megatron": {"context-parallel-size": 2, "cp-comm-type": ["a2a+p2p"]},
         "launch": {"gpus_per_node": 2},
     },
     "spec=.*this entry builds CCA by itself": {"megatron": {"spec": ["a", "b"]}},

@@ -262,8 +262,8 @@ except RuntimeError as error:
 
 
 def test_settings_that_do_not_fit_are_refused_when_the_spec_is_built():
-    with pytest.raises(ValueError, match="context_parallel_size=2"):
-        specs.cca_decoder_block_spec(tiny_config(context_parallel_size=2))
+    with pytest.raises(ValueError, match="attention_dropout=0.1 with context_parallel_size=2"):
+        specs.cca_decoder_block_spec(tiny_config(context_parallel_size=2, attention_dropout=0.1))
     other = tiny_config()
     other.transformer_impl = "inference_optimized"
     with pytest.raises(ValueError, match="transformer_impl='inference_optimized'"):

@@ -1,0 +1,176 @@
+"""Causal attention of one sequence whose tokens lie on several ranks.
+
+Queries stay where they are. Keys and values come from the other ranks: all at once (``all_gather``) or
+around a ring, one rank's at a time (``p2p``). Both are one autograd function over the same blocks, keep
+only this rank's q, k, v and output for the backward pass, and fetch the others again there.
+With zigzag chunks every rank has the same work at every step.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cca_megatron.parallel.attention_blocks import Merged, attend_block, attend_block_backward
+from cca_megatron.parallel.context import ContextShard
+
+
+class Shift:
+    """One tensor on its way to the next rank of the group, and the previous rank's on its way here."""
+
+    def __init__(self, tensor: Tensor, group: dist.ProcessGroup):
+        rank, size = group.rank(), group.size()
+        self._sent, self._received = tensor.contiguous(), torch.empty_like(tensor.contiguous())
+        peers = [dist.get_global_rank(group, (rank + step) % size) for step in (1, -1)]
+        operations = [
+            # As bytes, because gloo moves no bfloat16.
+            dist.P2POp(operation, data.view(torch.uint8), peer, group)
+            for operation, data, peer in zip(
+                (dist.isend, dist.irecv), (self._sent, self._received), peers, strict=True
+            )
+        ]
+        self._works = dist.batch_isend_irecv(operations)
+
+    def wait(self) -> Tensor:
+        """What the previous rank sent."""
+        for work in self._works:
+            work.wait()
+        return self._received
+
+
+class _Ring:
+    """Keys and values of one other rank at a time; their gradients travel on with them."""
+
+    def __init__(self, kv: Tensor, group: dist.ProcessGroup):
+        self.group, self.kv = group, kv
+
+    def sources(self) -> Iterator[tuple[int, Tensor]]:
+        """(rank, its keys and values), this rank's own first. The next are fetched meanwhile."""
+        rank, size = self.group.rank(), self.group.size()
+        kv = self.kv
+        for step in range(size):
+            shift = Shift(kv, self.group) if step < size - 1 else None
+            yield (rank - step) % size, kv
+            if shift is not None:
+                kv = shift.wait()
+
+    def gradient(self, parts: Iterator[Tensor]) -> Tensor:
+        """Sum over all ranks of what they find for this rank's keys and values.
+
+        Args:
+            parts: this rank's finding for each of :meth:`sources`, in that order.
+        """
+        shift: Shift | None = None
+        for part in parts:
+            total = part if shift is None else part.add_(shift.wait())
+            shift = Shift(total, self.group)
+        assert shift is not None
+        return shift.wait()
+
+
+class _AllGather:
+    """Keys and values of all ranks in one collective."""
+
+    def __init__(self, kv: Tensor, group: dist.ProcessGroup):
+        self.group, self.kv = group, kv
+
+    def sources(self) -> Iterator[tuple[int, Tensor]]:
+        """(rank, its keys and values), this rank's own first, while the others are under way."""
+        rank, size = self.group.rank(), self.group.size()
+        kv = self.kv.contiguous()
+        gathered = kv.new_empty(size, *kv.shape)
+        work = dist.all_gather_into_tensor(
+            gathered.flatten(0, 1).view(torch.uint8), kv.view(torch.uint8), group=self.group, async_op=True
+        )
+        yield rank, kv
+        work.wait()
+        for step in range(1, size):
+            yield (rank - step) % size, gathered[(rank - step) % size]
+
+    def gradient(self, parts: Iterator[Tensor]) -> Tensor:
+        """Sum over all ranks of what they find for this rank's keys and values, in a fixed order.
+
+        Args:
+            parts: this rank's finding for each of :meth:`sources`, in that order.
+        """
+        rank, size = self.group.rank(), self.group.size()
+        wide = torch.promote_types(self.kv.dtype, torch.float32)
+        sent = self.kv.new_empty(size, *self.kv.shape, dtype=wide)
+        for step, part in enumerate(parts):
+            sent[(rank - step) % size] = part
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8), group=self.group)
+        return received.sum(0)
+
+
+_TRANSPORTS: dict[str, Callable[[Tensor, dist.ProcessGroup], _Ring | _AllGather]] = {
+    "p2p": _Ring,
+    "all_gather": _AllGather,
+}
+
+
+class _ContextAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: ContextShard, transport: str, scale: float
+    ) -> Tensor:
+        kv = torch.stack([k, v])
+        merged = Merged(q)
+        for source, (keys, values) in _TRANSPORTS[transport](kv, shard.group).sources():
+            for rows, columns, causal in shard.blocks(source):
+                part = attend_block(q[:, :, rows], keys[:, :, columns], values[:, :, columns], causal, scale)
+                merged.add(rows, *part)
+        out = merged.out.to(q.dtype)
+        ctx.save_for_backward(q, kv, out, merged.lse)
+        ctx.settings = shard, transport, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        q, kv, out, lse = ctx.saved_tensors
+        shard, transport, scale = ctx.settings
+        exchange = _TRANSPORTS[transport](kv, shard.group)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dq = torch.zeros_like(q, dtype=wide)
+
+        def findings() -> Iterator[Tensor]:
+            for source, (keys, values) in exchange.sources():
+                dkv = torch.zeros_like(kv, dtype=wide)
+                for rows, columns, causal in shard.blocks(source):
+                    g, x, o, norm = (t[:, :, rows] for t in (gradient, q, out, lse))
+                    k, v = (t[:, :, columns] for t in (keys, values))
+                    parts = attend_block_backward(g, x, k, v, o, norm, causal, scale)
+                    dq[:, :, rows] += parts[0]
+                    for total, part in zip(dkv, parts[1:], strict=True):
+                        total[:, :, columns] += part
+                yield dkv
+
+        dk, dv = exchange.gradient(findings()).to(kv.dtype)
+        return dq.to(q.dtype), dk, dv, None, None, None
+
+
+def context_attention(
+    q: Tensor, k: Tensor, v: Tensor, shard: ContextShard, transport: str, scale: float
+) -> Tensor:
+    """Causal attention within each document, over all ranks of a context-parallel group.
+
+    Args:
+        q: [B, query heads, S, D], this rank's tokens.
+        k, v: [B, KV heads, S, D].
+        shard: which tokens these are.
+        transport: ``p2p`` or ``all_gather``.
+        scale: factor of the logits.
+
+    Returns:
+        [B, query heads, S, D]; zero for padding.
+    """
+    out: Tensor = _ContextAttention.apply(q, k, v, shard, transport, scale)
+    return out
+
+
+def context_transports() -> tuple[str, ...]:
+    """Names that :func:`context_attention` accepts as ``transport``."""
+    return tuple(_TRANSPORTS)
