@@ -30,6 +30,8 @@ try:
         ModuleSpec,
         MoELayer,
         MoETransformerLayer,
+        ProcessGroupCollection,
+        SelfAttentionSubmodules,
         TESpecProvider,
         TransformerBlockSubmodules,
         TransformerConfig,
@@ -59,6 +61,11 @@ from cca_megatron.config import CCAConfig, check_config
 
 logger = logging.getLogger(__name__)
 
+_STOCK_MTP = (
+    "mtp_num_layers={}: Megatron's own model builder takes no spec for multi-token prediction, so those "
+    "layers have ordinary attention; cca-megatron train gives them CCA"
+)
+
 
 def cca_layer_spec(config: Any, cca: CCAConfig | None = None) -> ModuleSpec:
     """One transformer layer with CCA, of the kind (dense or MoE) of the model's last layer.
@@ -80,6 +87,7 @@ def cca_decoder_block_spec(
     vp_stage: int | None = None,
     pp_rank: int | None = None,
     cca: CCAConfig | None = None,
+    keeps_mtp: bool = False,
 ) -> TransformerBlockSubmodules:
     """The decoder layers of this pipeline stage, all with CCA, and the final norm.
 
@@ -88,6 +96,8 @@ def cca_decoder_block_spec(
         vp_stage: virtual pipeline stage; None without interleaving.
         pp_rank: pipeline rank; None takes the current one.
         cca: the CCA settings; None means ``CCAConfig()``.
+        keeps_mtp: the caller gives multi-token prediction CCA too (:func:`cca_mtp_block_spec`); otherwise
+            a warning says that Megatron will not.
 
     Raises:
         ValueError: the settings do not fit together.
@@ -101,6 +111,8 @@ def cca_decoder_block_spec(
     )
     layers = [_with_cca(layer, use_te, cca) for layer in block.layer_specs]
     _announce(len(layers), use_te)
+    if config.mtp_num_layers and not keeps_mtp:
+        log_single_rank(logger, logging.WARNING, _STOCK_MTP.format(config.mtp_num_layers))
     return TransformerBlockSubmodules(
         layer_specs=layers, layer_norm=block.layer_norm if use_te else LocalNorm
     )
@@ -237,10 +249,13 @@ class _ReadyLayer(TransformerLayer):
     ):
         if use_te:
             _require_te("cca_layer_spec_local")
-        vp_stage, pp_rank = kwargs.get("vp_stage"), get_pg_rank(kwargs["pg_collection"].pp)
-        if layer_number == 1:
-            _announce(get_num_layers_to_build(config, vp_stage, pp_rank), use_te)
-        offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
+        groups = kwargs.get("pg_collection") or ProcessGroupCollection.use_mpu_process_groups()
+        vp_stage, pp_rank = kwargs.get("vp_stage"), get_pg_rank(groups.pp)
+        offset = 0
+        if kwargs.get("add_layer_offset", True) and not kwargs.get("is_mtp_layer", False):
+            offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
+            if layer_number == 1:
+                _announce(get_num_layers_to_build(config, vp_stage, pp_rank), use_te)
         spec = _layer_specs(config, use_te, cca=None)[offset + layer_number - 1]
         super().__init__(config, spec.submodules, layer_number, **kwargs)
 
@@ -291,7 +306,12 @@ def _local_hybrid_submodules(cca: CCAConfig) -> HybridStackSubmodules:
 
 
 def _ready_layer(use_te: bool) -> ModuleSpec:
-    return ModuleSpec(module=_ReadyLayer, submodules=TransformerLayerSubmodules(), params={"use_te": use_te})
+    # Megatron's --attention-backend local writes its core attention into the spec: into this one, which
+    # nothing reads, for it would materialise an S x S matrix and take no packed documents.
+    unread = SelfAttentionSubmodules(IdentityOp, IdentityOp, IdentityOp)
+    placeholder = ModuleSpec(module=CCASelfAttention, submodules=unread)
+    parts = TransformerLayerSubmodules(self_attention=placeholder)
+    return ModuleSpec(module=_ReadyLayer, submodules=parts, params={"use_te": use_te})
 
 
 cca_layer_spec_te = _ready_layer(use_te=True)

@@ -50,6 +50,12 @@ class LocalCoreAttention(MegatronModule):
         packed_zigzag: PackedZigzag = "document",
     ):
         super().__init__(config=config)
+        for name in ("qk_clip", "log_max_attention_logit"):
+            if getattr(config, name, False):
+                raise ValueError(
+                    f"{name}=True: the local core attention records no logits; {name}=False works, or "
+                    "transformer_impl='transformer_engine'"
+                )
         problems = context_problems(config, "stream")
         if problems:
             raise ValueError("; ".join(problems))

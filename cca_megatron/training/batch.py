@@ -86,7 +86,14 @@ build_datasets.is_distributed = True  # type: ignore[attr-defined]
 
 def _reads_data(vp_stage: int | None) -> bool:
     """Only one rank of a tensor-parallel group reads, and only stages that use tokens or documents."""
-    needed = is_first_or_last_pipeline_stage(vp_stage) or get_args().dataloader_inter_document_masking
+    args = get_args()
+    has_mtp = mtp_on_this_rank(
+        layout=args.pipeline_model_parallel_layout,
+        mtp_num_layers=args.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+    needed = is_first_or_last_pipeline_stage(vp_stage) or has_mtp or args.dataloader_inter_document_masking
     return needed and mpu.get_tensor_model_parallel_rank() == 0
 
 

@@ -56,7 +56,8 @@ def run(
         # A session of its own: the terminal's Ctrl-C reaches us alone, and we decide.
         start_new_session=True,
     )
-    stopper = _Stopper(process, say)
+    saves = bool(command.args.exit_signal_handler and command.args.save)
+    stopper = _Stopper(process, say, saves)
     previous = {s: signal.signal(s, stopper.handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         assert process.stdout is not None
@@ -74,6 +75,8 @@ def run(
             stopper.kill()
     if status and not stopper.stopped:
         raise TrainingError(explain(list(tail), status))
+    if status and saves and not stopper.killed:
+        raise TrainingError(f"stopped without saving a checkpoint: {explain(list(tail), status)}")
     return stopper.stopped
 
 
@@ -88,31 +91,35 @@ def _environment(command: Command, device: Device) -> dict[str, str]:
 
 
 class _Stopper:
-    def __init__(self, process: subprocess.Popen[str], say: Callable[[str], None]):
+    def __init__(self, process: subprocess.Popen[str], say: Callable[[str], None], saves: bool):
         self._process = process
         self._say = say
-        self.stopped = False
+        self._saves = saves
+        self.stopped = self.killed = False
 
     def handle(self, signum: int, frame: object) -> None:
         if self.stopped:
             self.kill()
             return
         self.stopped = True
-        self._say("stopping: a checkpoint is saved after this step; once more stops at once")
-        # torchrun would give its workers 30 seconds, so they are asked directly.
-        for worker in self._descendants():
+        what = "a checkpoint is saved after this step" if self._saves else "no checkpoint is saved"
+        self._say(f"stopping: {what}; once more stops at once")
+        # torchrun would give its workers 30 seconds, so they are asked directly. Their own children are
+        # left alone: Megatron saves through one of them.
+        for worker in self._descendants(recursive=False):
             with suppress(psutil.NoSuchProcess):
                 if "--module" not in worker.cmdline():
                     worker.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
+        self.killed = True
         for child in [*self._descendants(), psutil.Process(self._process.pid)]:
             with suppress(psutil.NoSuchProcess):
                 child.kill()
 
-    def _descendants(self) -> list[psutil.Process]:
+    def _descendants(self, recursive: bool = True) -> list[psutil.Process]:
         try:
-            return psutil.Process(self._process.pid).children(recursive=True)
+            return psutil.Process(self._process.pid).children(recursive=recursive)
         except psutil.NoSuchProcess:
             return []
 

@@ -33,7 +33,7 @@ def model_config_from_args(args: Namespace) -> ModelConfig:
         return config
     config = gpt_config_from_args(args, model_config_cls=CCAModelConfig)
     config.cca = cca
-    config.transformer_layer_spec = functools.partial(cca_decoder_block_spec, cca=cca)
+    config.transformer_layer_spec = functools.partial(cca_decoder_block_spec, cca=cca, keeps_mtp=True)
     return config
 
 

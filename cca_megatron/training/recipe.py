@@ -83,6 +83,7 @@ class Recipe:
                 "save": str(self.checkpoints),
                 "load": str(self.checkpoints),
                 "save-interval": _DEFAULT_SAVE_INTERVAL,
+                "exit-signal-handler": True,
                 "tensorboard-dir": str(self.tensorboard),
             }
         if "num-query-groups" in self.arguments:

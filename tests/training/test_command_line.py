@@ -36,7 +36,6 @@ def recipe(corpus: Path, folder: Path, iterations: int) -> Path:
         "train-iters": iterations,
         "eval-interval": 4,
         "save-interval": 100,
-        "exit-signal-handler": True,
     }
     content = {
         "megatron": megatron,
@@ -162,9 +161,10 @@ def test_a_failing_run_says_why(trained):
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(corpus, tmp_path):
+    """After a periodic save too: from then on Megatron's workers have children that must not be stopped."""
     path = recipe(corpus, tmp_path, iterations=400)
     process = subprocess.Popen(
-        [sys.executable, "-m", "cca_megatron.cli", "train", path],
+        [sys.executable, "-m", "cca_megatron.cli", "train", path, "megatron.save-interval=2"],
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.PIPE,

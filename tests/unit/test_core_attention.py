@@ -137,3 +137,11 @@ def test_refuses_by_name(message):
 def test_refuses_a_bias():
     with pytest.raises(ValueError, match="no bias"):
         core_attention()(*qkv(4), None, attention_bias=torch.zeros(4, 4))
+
+
+@pytest.mark.parametrize("name", ["qk_clip", "log_max_attention_logit"])
+def test_recording_logits_is_refused(name):
+    config = tiny_config()
+    setattr(config, name, True)
+    with pytest.raises(ValueError, match=f"{name}=True"):
+        LocalCoreAttention(config, 1, AttnMaskType.causal, "self")

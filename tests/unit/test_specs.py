@@ -11,7 +11,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.spec_utils import import_module
+from megatron.core.transformer.spec_utils import build_module, import_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from support.megatron import (
@@ -251,7 +251,7 @@ def test_a_missing_dependency_never_becomes_ordinary_attention(missing):
     program = f"""
 import sys
 sys.modules[{missing!r}] = None
-from megatron.core.transformer.spec_utils import import_module
+from megatron.core.transformer.spec_utils import build_module, import_module
 try:
     print("imported", import_module(("cca_megatron.specs", "cca_decoder_block_spec")))
 except RuntimeError as error:
@@ -270,3 +270,32 @@ def test_settings_that_do_not_fit_are_refused_when_the_spec_is_built():
         specs.cca_decoder_block_spec(other)
     with pytest.raises(ValueError, match="conv_kernel_sizes"):
         specs.cca_layer_spec(tiny_config(), CCAConfig(conv_kernel_sizes=(0, 2)))
+
+
+def test_our_builder_gives_multi_token_prediction_cca():
+    from cca_megatron.training.model import CCAModelBuilder, CCAModelConfig
+
+    with parallel(Layout()):
+        config = tiny_config(mtp_num_layers=1)
+        settings = CCAModelConfig(transformer=config, vocab_size=VOCAB, seq_length=SEQUENCE)
+        settings.transformer_layer_spec = specs.cca_decoder_block_spec
+        settings.position_embedding_type = "rope"
+        model = CCAModelBuilder(settings).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    attentions = [m for m in model.modules() if isinstance(m, SelfAttention)]
+    assert len(attentions) == 3
+    assert all(isinstance(m, CCASelfAttention) for m in attentions)
+
+
+def test_the_stock_builder_is_warned_about_multi_token_prediction(caplog):
+    with parallel(Layout()):
+        specs.cca_decoder_block_spec(tiny_config(mtp_num_layers=1))
+    assert "those layers have ordinary attention" in caplog.text
+
+
+def test_a_ready_object_survives_the_choice_of_a_core_attention():
+    """Megatron's ``--attention-backend local`` writes into the spec."""
+    spec = specs.cca_layer_spec_local
+    spec.submodules.self_attention.submodules.core_attention = object
+    with parallel(Layout()):
+        layer = build_module(spec, config=tiny_config(), layer_number=1)
+    assert type(layer.self_attention.core_attention).__name__ == "LocalCoreAttention"
