@@ -295,7 +295,8 @@ class CCASelfAttention(SelfAttention):
         if logits is None:
             raise ValueError("no attention logits were recorded: run a forward pass first")
         group_max = logits.view(self.num_query_groups_per_partition, -1).amax(1)
-        shrink = (self.config.qk_clip_threshold / group_max).clamp(max=1.0)
+        threshold = self.config.qk_clip_threshold
+        shrink = torch.where(group_max > threshold, threshold / group_max, 1.0)
         copies = [self.temperature.data]
         main = getattr(self.temperature, "main_param", None)
         if main is not None:

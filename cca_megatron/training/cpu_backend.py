@@ -71,6 +71,7 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("device") is not None:
             kwargs["device"] = _cpu_for_cuda(kwargs["device"])
+        kwargs.pop("pin_memory", None)  # without a GPU there is nothing to pin memory for
         return function(*args, **kwargs)
 
     return call

@@ -1,8 +1,12 @@
 """Any layout computes what one rank computes: logits and every gradient, in fp64."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -13,6 +17,7 @@ from support.megatron import (
     HIDDEN,
     MOE,
     SEQUENCE,
+    VOCAB,
     Layout,
     batch_of_tokens,
     gpt_model,
@@ -27,14 +32,41 @@ from support.megatron import (
 )
 
 from cca_megatron import CCAConfig
+from cca_megatron.parallel.layout import ContextLayout
 from cca_megatron.specs import cca_decoder_block_spec, cca_layer_spec
 
 BOUND = 1e-10
 
 
-def compare_models(layout: Layout, settings: dict, cca: CCAConfig | None = None):
-    """A whole GPT model in this layout against the same model in the layout of one rank."""
+def compare_models(
+    layout: Layout, settings: dict, cca: CCAConfig | None = None, documents: list[int] | None = None
+):
+    """A whole GPT model in this layout against the same model in the layout of one rank.
+
+    With ``documents``, one packed sample of these lengths, else four plain samples.
+    """
     tokens = batch_of_tokens(4)
+    ends = np.cumsum([0, *(documents or [])])
+    zigzag = (cca or CCAConfig()).packed_zigzag
+
+    def batch(layout):
+        """Arguments of the forward pass; under context parallelism also how the tokens are cut."""
+        if documents is None:
+            return {}
+        longest = max(documents)
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=torch.tensor(ends, dtype=torch.int32),
+            cu_seqlens_kv=torch.tensor(ends, dtype=torch.int32),
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        cut = ContextLayout.zigzag if zigzag == "stream" else ContextLayout.zigzag_documents
+        return {"packed_seq_params": packed, "layout": cut(tokens.shape[1] - 1, layout.cp, ends)}
+
+    if documents is not None:
+        generator = torch.Generator().manual_seed(4)
+        tokens = torch.randint(0, VOCAB, (1, int(ends[-1]) + 1), generator=generator).cuda()
 
     def build(layout):
         config = tiny_config(layout, **settings)
@@ -45,18 +77,18 @@ def compare_models(layout: Layout, settings: dict, cca: CCAConfig | None = None)
             config, model = build(Layout())
             randomize(model)
             save(model, f"{directory}/weights")
-            expected, ddp = logits_and_gradients(config, model, tokens)
+            expected, ddp = logits_and_gradients(config, model, tokens, **batch(Layout()))
             gradients = {n: p.main_grad.clone() for n, p in model.named_parameters()}
         with parallel(layout):
             config, model = build(layout)
             load(model, f"{directory}/weights")
-            logits, ddp = logits_and_gradients(config, model, tokens)
+            logits, ddp = logits_and_gradients(config, model, tokens, **batch(layout))
             with gradients_as_weights(ddp):
                 save(model, f"{directory}/gradients")
         with parallel(Layout()):
             _, model = build(Layout())
             load(model, f"{directory}/gradients")
-    assert_close("logits", expected, logits, BOUND)
+    assert_close("logits", expected[: len(logits)], logits[: len(expected)], BOUND)
     for name, parameter in model.named_parameters():
         assert gradients[name].any(), f"gradient of {name} is zero: nothing is compared"
         assert_close(f"gradient of {name}", gradients[name], parameter.data, BOUND)
@@ -82,6 +114,56 @@ def test_odd_groups_split_the_delayed_half_inside_a_rank(layout):
     """Six groups over two ranks: the first rank holds current values only, the other delayed ones."""
     heads = {"num_attention_heads": 6, "num_query_groups": 6}
     compare_models(layout, heads, cca=CCAConfig(conv_kernel_sizes=(3, 2), temperature="exp"))
+
+
+@pytest.mark.parametrize("comm_type", ["p2p", "all_gather", "a2a"])
+@pytest.mark.parametrize(
+    ("zigzag", "documents"),
+    [("document", None), ("document", [4, 8, 12]), ("stream", [1, 2, 3, 7, 11])],
+    ids=["batch", "documents", "stream"],
+)
+def test_context_parallelism(comm_type, zigzag, documents):
+    cca = CCAConfig(conv_kernel_sizes=(3, 2), packed_zigzag=zigzag)
+    compare_models(Layout(cp=2), {"cp_comm_type": comm_type}, cca, documents)
+
+
+@pytest.mark.parametrize("layout", TENSOR, ids=str)
+def test_more_tensor_parallel_ranks_than_groups(layout):
+    compare_models(layout, {"num_query_groups": 1}, CCAConfig(conv_kernel_sizes=(2, 3)))
+
+
+def test_a_missing_halo_is_noticed(monkeypatch):
+    from cca_megatron.parallel.halo import HaloExchange
+
+    right = HaloExchange.boundary
+    monkeypatch.setattr(
+        HaloExchange, "boundary", lambda self: type(b := right(self))(b.latents * 0, b.value * 0)
+    )
+    with pytest.raises(AssertionError, match="relative error"):
+        compare_models(Layout(cp=2), {})
+
+
+def test_a_gradient_that_is_not_sent_back_is_noticed(monkeypatch):
+    from cca_megatron.parallel.halo import HaloExchange
+
+    right = HaloExchange.boundary
+    monkeypatch.setattr(
+        HaloExchange,
+        "boundary",
+        lambda self: type(b := right(self))(
+            b.latents - (b.latents * 0.5 - b.latents.detach() * 0.5), b.value
+        ),
+    )
+    with pytest.raises(AssertionError, match=r"gradient of .*relative error"):
+        compare_models(Layout(cp=2), {})
+
+
+def test_a_group_gradient_that_is_not_summed_is_noticed(monkeypatch):
+    from cca_megatron import attention
+
+    monkeypatch.setattr(attention, "gradient_summed", lambda parameter, share: parameter)
+    with pytest.raises(AssertionError, match=r"gradient of .*conv.*relative error"):
+        compare_models(Layout(tp=2), {"num_query_groups": 1})
 
 
 # Megatron trains MoE with tensor parallelism only under sequence parallelism.
@@ -147,8 +229,14 @@ def test_a_rank_that_halves_its_own_values_is_noticed(monkeypatch):
     """The mistake of building the module from local head counts: another model."""
     from cca_megatron import attention
 
-    right = attention.get_pg_rank
-    monkeypatch.setattr(attention, "get_pg_rank", lambda group: 0 if group.size() > 1 else right(group))
+    right = attention.CCASelfAttention._build_mix
+
+    def halve_own(self):
+        right(self)
+        half = self.num_query_groups_per_partition * self.hidden_size_per_attention_head // 2
+        self._mix_options = dataclasses.replace(self._mix_options, value_delay_from=half)
+
+    monkeypatch.setattr(attention.CCASelfAttention, "_build_mix", halve_own)
     with pytest.raises(AssertionError, match="relative error"):
         compare_models(Layout(tp=2), {})
 

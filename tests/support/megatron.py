@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
@@ -31,6 +32,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from cca_megatron.parallel.layout import ContextLayout
+
 VOCAB, HIDDEN, SEQUENCE = 96, 32, 12
 
 
@@ -40,12 +43,13 @@ class Layout:
 
     tp: int = 1
     sp: bool = False
+    cp: int = 1
     pp: int = 1
     ep: int = 1
     etp: int = 1
 
     def __str__(self) -> str:
-        names = {"tp": self.tp, "pp": self.pp, "ep": self.ep, "etp": self.etp}
+        names = {"tp": self.tp, "cp": self.cp, "pp": self.pp, "ep": self.ep, "etp": self.etp}
         axes = [f"{name}{size}" for name, size in names.items() if size > 1]
         return "-".join([*axes, *(["sp"] if self.sp else [])]) or "single"
 
@@ -74,6 +78,7 @@ def parallel(layout: Layout) -> Iterator[None]:
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
+        context_parallel_size=layout.cp,
         pipeline_model_parallel_size=layout.pp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
@@ -83,6 +88,10 @@ def parallel(layout: Layout) -> Iterator[None]:
     try:
         yield
     finally:
+        # Megatron forgets its groups without ending them, and each keeps threads of its own.
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
 
 
@@ -109,6 +118,7 @@ def tiny_config(layout: Layout | None = None, **settings: Any) -> TransformerCon
         "gradient_accumulation_fusion": False,
         "tensor_model_parallel_size": layout.tp,
         "sequence_parallel": layout.sp,
+        "context_parallel_size": layout.cp,
         "pipeline_model_parallel_size": layout.pp,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
@@ -162,23 +172,37 @@ def batch_of_tokens(samples: int, seed: int = 3) -> Tensor:
 
 
 def logits_and_gradients(
-    config: TransformerConfig, model: GPTModel, tokens: Tensor, **inputs: Any
+    config: TransformerConfig,
+    model: GPTModel,
+    tokens: Tensor,
+    layout: ContextLayout | None = None,
+    **inputs: Any,
 ) -> tuple[Tensor, DistributedDataParallel]:
     """Logits of all samples of the global batch, and the model with its reduced ``main_grad``.
 
     The loss is a cross-entropy in the model's dtype over gathered logits: Megatron's own computes in
-    fp32. Each data-parallel rank takes its share of the samples.
+    fp32. Each data-parallel rank takes its share of the samples, each context-parallel rank its share of
+    the tokens (``layout``; a plain batch by default).
     """
     ddp = DistributedDataParallel(config, DistributedDataParallelConfig(overlap_grad_reduce=False), model)
     ddp.zero_grad_buffer()
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    if len(tokens) < size:
+        tokens = tokens.expand(size, -1)  # one packed sample, the same for all
     mine = tokens.chunk(size)[rank]
     positions = torch.arange(mine.shape[1] - 1).cuda().expand(mine.shape[0], -1)
-    out = ddp(mine[:, :-1].contiguous(), positions, None, **inputs)
+    group = parallel_state.get_context_parallel_group()
+    layout = layout or ContextLayout.zigzag(mine.shape[1] - 1, group.size())
+    here = torch.from_numpy(layout.token_indices(group.rank()))
+    out = ddp(mine[:, :-1][:, here].contiguous(), positions[:, here], None, **inputs)
     logits = gather_from_tensor_model_parallel_region(out)
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), mine[:, 1:].flatten())
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), mine[:, 1:][:, here].flatten())
     loss.backward()
     finalize_model_grads([ddp])
+    chunks = [torch.empty_like(logits) for _ in range(group.size())]
+    dist.all_gather(chunks, logits.detach().contiguous(), group=group)
+    order = [layout.token_indices(rank) for rank in range(group.size())]
+    logits = torch.cat(chunks, 1)[:, np.argsort(np.concatenate(order))]
     parts = [torch.empty_like(logits) for _ in range(size)]
     dist.all_gather(parts, logits.detach().contiguous(), group=parallel_state.get_data_parallel_group())
     return torch.cat(parts), ddp
