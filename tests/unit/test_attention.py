@@ -221,9 +221,26 @@ def test_checkpoint_holds_every_parameter_under_its_name():
         assert shard.global_shape == shard.local_shape == tuple(parameter.shape)
 
 
+def clipping_attention(cca: CCAConfig | None = None):
+    """With ``qk_clip`` on; the local core attention records no logits, so tests give them to it."""
+    module = attention(cca)
+    module.config.qk_clip = True
+    return module
+
+
+@pytest.mark.parametrize("form", ["linear", "exp"])
+def test_clip_qk_leaves_negative_maxima_alone(form):
+    module = clipping_attention(CCAConfig(temperature=form))
+    module.config.qk_clip_threshold = 10.0
+    before = module.temperature.detach().clone()
+    module.core_attention.current_max_attn_logits = torch.tensor([-1.0, -2.0, -3.0, -4.0]).cuda()
+    module.clip_qk()
+    assert torch.equal(module.temperature, before)
+
+
 @pytest.mark.parametrize("form", ["linear", "exp"])
 def test_clip_qk_bounds_the_logits_by_scaling_the_temperature(form):
-    module, x = attention(CCAConfig(temperature=form), qk_clip=True), hidden_states()
+    module, x = clipping_attention(CCAConfig(temperature=form)), hidden_states()
 
     def largest_logit():
         q, k, _ = recorded_qkv(module, x)
@@ -250,7 +267,7 @@ def test_clip_qk_refuses_what_it_cannot_do():
     module = attention()
     with pytest.raises(ValueError, match="qk_clip=False"):
         module.clip_qk()
-    module = attention(qk_clip=True)
+    module = clipping_attention()
     module.core_attention.current_max_attn_logits = None
     with pytest.raises(ValueError, match="no attention logits"):
         module.clip_qk()
