@@ -29,7 +29,7 @@ from cca_megatron._compat import (
     tensor_parallel,
 )
 from cca_megatron.config import CCAConfig, check_config
-from cca_megatron.mix_parameters import GroupShare, gradient_summed, new_parameter, sharded_parameters
+from cca_megatron.mix_parameters import GroupShare, gradients_summed, new_parameter, sharded_parameters
 from cca_megatron.parallel.context import ContextShard, context_shard, document_starts
 
 
@@ -208,16 +208,17 @@ class CCASelfAttention(SelfAttention):
         """The mix as a function of the latents alone, as recomputation needs it."""
         angles = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
         shard = self._context_shard(packed_seq_params, tokens)
-        cu_seqlens = positions = None
-        if packed_seq_params is not None:
-            cu_seqlens = document_starts(packed_seq_params)
-            positions = _positions(cu_seqlens, tokens) if shard is None else shard.positions
+        cu_seqlens = None if packed_seq_params is None else document_starts(packed_seq_params)
 
         def mix(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            rotary = None if angles is None else self._cos_sin(angles, positions)
-            weights = MixWeights._make(
-                gradient_summed(getattr(self, name), self.group_share) for name in MixWeights._fields
-            )
+            rotary = None
+            if angles is not None:
+                positions = None
+                if cu_seqlens is not None:
+                    positions = _positions(cu_seqlens, tokens) if shard is None else shard.positions
+                rotary = self._cos_sin(angles, positions)
+            own = MixWeights._make(getattr(self, name) for name in MixWeights._fields)
+            weights = gradients_summed(own, self.group_share)
             resets = self.cca.reset_at_document_start
             if shard is None:
                 starts = cu_seqlens if resets else None

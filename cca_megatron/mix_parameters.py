@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cca_kernels import MixWeights
 from cca_megatron._compat import (
     ShardedTensor,
     TransformerConfig,
@@ -83,29 +84,33 @@ def new_parameter(
     return parameter
 
 
-def gradient_summed(parameter: Tensor | None, share: GroupShare) -> Tensor | None:
-    """The parameter, its gradient summed over the ranks that share it; as it is where none do."""
-    if parameter is None or share.sharers == 1:
-        return parameter
-    summed: Tensor = _SumGradient.apply(parameter, share)
-    return summed
+def gradients_summed(weights: MixWeights, share: GroupShare) -> MixWeights:
+    """The weights, their gradients summed over the ranks that share them; as they are where none do."""
+    if share.sharers == 1:
+        return weights
+    present = {name: weight for name, weight in weights._asdict().items() if weight is not None}
+    summed = _SumGradients.apply(share, *present.values())
+    return weights._replace(**dict(zip(present, summed, strict=True)))
 
 
-class _SumGradient(torch.autograd.Function):
+class _SumGradients(torch.autograd.Function):
+    """Identity forward; backward is one all-reduce for all weights of a layer."""
+
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, share: GroupShare) -> Tensor:
+    def forward(ctx: Any, share: GroupShare, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.share = share
-        return parameter.view_as(parameter)
+        return tuple(weight.view_as(weight) for weight in weights)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         share = ctx.share
+        own = torch.cat([gradient.flatten() for gradient in gradients])
         # One row for each part: no further process groups, and the other rows add zeros.
-        rows = gradient.new_zeros(share.parts, *gradient.shape)
-        rows[share.part] = gradient
+        rows = own.new_zeros(share.parts, own.numel())
+        rows[share.part] = own
         dist.all_reduce(rows, group=share.tp_group)
-        return rows[share.part], None
+        parts = rows[share.part].split([gradient.numel() for gradient in gradients])
+        return None, *(part.view_as(g) for part, g in zip(parts, gradients, strict=True))
 
 
 def sharded_parameters(

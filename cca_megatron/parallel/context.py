@@ -54,6 +54,11 @@ class ContextShard:
         ranks = range(self.layout.size)
         return self._on_device(np.concatenate([self.layout.token_indices(r) for r in ranks]))
 
+    @cached_property
+    def stream_order(self) -> Tensor:
+        """[CP * S], the inverse of :attr:`stream_indices`: it puts all ranks' tokens in stream order."""
+        return torch.argsort(self.stream_indices)
+
     def blocks(self, source: int) -> list[Block]:
         """What this rank's queries attend to among the keys of rank ``source``."""
         if source not in self._blocks:

@@ -6,7 +6,8 @@ only this rank's q, k, v and output for the backward pass, and fetch the others 
 With zigzag chunks every rank has the same work at every step.
 """
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,14 +41,29 @@ class Shift:
         return self._received
 
 
-class _Ring:
-    """Keys and values of one other rank at a time; their gradients travel on with them."""
+class _Transport(ABC):
+    """How keys and values come from the other ranks, and their gradients go back."""
 
     def __init__(self, kv: Tensor, group: dist.ProcessGroup):
         self.group, self.kv = group, kv
 
+    @abstractmethod
     def sources(self) -> Iterator[tuple[int, Tensor]]:
-        """(rank, its keys and values), this rank's own first. The next are fetched meanwhile."""
+        """(rank, its keys and values), this rank's own first, then the one before it, and so on."""
+
+    @abstractmethod
+    def gradient(self, parts: Iterator[Tensor]) -> Tensor:
+        """Sum over all ranks of what they find for this rank's keys and values, in a fixed order.
+
+        Args:
+            parts: this rank's finding for each of :meth:`sources`, in that order.
+        """
+
+
+class _Ring(_Transport):
+    """Keys and values of one other rank at a time, the next fetched meanwhile."""
+
+    def sources(self) -> Iterator[tuple[int, Tensor]]:
         rank, size = self.group.rank(), self.group.size()
         kv = self.kv
         for step in range(size):
@@ -57,11 +73,6 @@ class _Ring:
                 kv = shift.wait()
 
     def gradient(self, parts: Iterator[Tensor]) -> Tensor:
-        """Sum over all ranks of what they find for this rank's keys and values.
-
-        Args:
-            parts: this rank's finding for each of :meth:`sources`, in that order.
-        """
         shift: Shift | None = None
         for part in parts:
             total = part if shift is None else part.add_(shift.wait())
@@ -70,14 +81,10 @@ class _Ring:
         return shift.wait()
 
 
-class _AllGather:
-    """Keys and values of all ranks in one collective."""
-
-    def __init__(self, kv: Tensor, group: dist.ProcessGroup):
-        self.group, self.kv = group, kv
+class _AllGather(_Transport):
+    """Keys and values of all ranks in one collective, under way while this rank's own are used."""
 
     def sources(self) -> Iterator[tuple[int, Tensor]]:
-        """(rank, its keys and values), this rank's own first, while the others are under way."""
         rank, size = self.group.rank(), self.group.size()
         kv = self.kv.contiguous()
         gathered = kv.new_empty(size, *kv.shape)
@@ -90,11 +97,6 @@ class _AllGather:
             yield (rank - step) % size, gathered[(rank - step) % size]
 
     def gradient(self, parts: Iterator[Tensor]) -> Tensor:
-        """Sum over all ranks of what they find for this rank's keys and values, in a fixed order.
-
-        Args:
-            parts: this rank's finding for each of :meth:`sources`, in that order.
-        """
         rank, size = self.group.rank(), self.group.size()
         wide = torch.promote_types(self.kv.dtype, torch.float32)
         sent = self.kv.new_empty(size, *self.kv.shape, dtype=wide)
@@ -105,7 +107,7 @@ class _AllGather:
         return received.sum(0)
 
 
-_TRANSPORTS: dict[str, Callable[[Tensor, dist.ProcessGroup], _Ring | _AllGather]] = {
+_TRANSPORTS: dict[str, type[_Transport]] = {
     "p2p": _Ring,
     "all_gather": _AllGather,
 }
@@ -169,8 +171,3 @@ def context_attention(
     """
     out: Tensor = _ContextAttention.apply(q, k, v, shard, transport, scale)
     return out
-
-
-def context_transports() -> tuple[str, ...]:
-    """Names that :func:`context_attention` accepts as ``transport``."""
-    return tuple(_TRANSPORTS)

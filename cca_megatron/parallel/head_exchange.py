@@ -6,7 +6,6 @@ there were no context parallelism, and gives the result back.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from cca_megatron._compat import tensor_parallel
@@ -44,7 +43,7 @@ def _tokens_for_heads(x: Tensor, shard: ContextShard) -> Tensor:
     """[S, B, heads, D] -> [CP * S, B, heads / CP, D] in stream order."""
     by_rank = x.unflatten(2, (shard.layout.size, -1)).movedim(2, 0)
     gathered = tensor_parallel.all_to_all(shard.group, by_rank.flatten(0, 1))
-    return gathered.index_select(0, torch.argsort(shard.stream_indices))
+    return gathered.index_select(0, shard.stream_order)
 
 
 def _heads_for_tokens(x: Tensor, shard: ContextShard) -> Tensor:

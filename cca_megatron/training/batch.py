@@ -20,11 +20,13 @@ from megatron.core.utils import (
     get_model_config,
 )
 from megatron.training import get_args, get_timers
+from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from cca_megatron._compat import PackedSeqParams
+from cca_megatron._compat import PackedSeqParams, TransformerConfig
+from cca_megatron.parallel.context import context_shard
 
 _SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 _BATCH_KEYS = (
@@ -87,14 +89,20 @@ build_datasets.is_distributed = True  # type: ignore[attr-defined]
 def _reads_data(vp_stage: int | None) -> bool:
     """Only one rank of a tensor-parallel group reads, and only stages that use tokens or documents."""
     args = get_args()
-    has_mtp = mtp_on_this_rank(
-        layout=args.pipeline_model_parallel_layout,
-        mtp_num_layers=args.mtp_num_layers,
+    uses_tokens = is_first_or_last_pipeline_stage(vp_stage) or _has_mtp(
+        core_transformer_config_from_args(args), vp_stage
+    )
+    needed = uses_tokens or args.dataloader_inter_document_masking
+    return needed and mpu.get_tensor_model_parallel_rank() == 0
+
+
+def _has_mtp(config: TransformerConfig, vp_stage: int | None) -> bool:
+    return mtp_on_this_rank(
+        layout=config.pipeline_model_parallel_layout,
+        mtp_num_layers=config.mtp_num_layers,
         ignore_virtual=False,
         vp_stage=vp_stage,
     )
-    needed = is_first_or_last_pipeline_stage(vp_stage) or has_mtp or args.dataloader_inter_document_masking
-    return needed and mpu.get_tensor_model_parallel_rank() == 0
 
 
 def forward_step(
@@ -151,17 +159,12 @@ def loss_function(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, di
 
 
 def _next_batch(
-    data_iterator: Iterator[dict[str, Tensor]], config: Any, vp_stage: int | None
+    data_iterator: Iterator[dict[str, Tensor]], config: TransformerConfig, vp_stage: int | None
 ) -> tuple[dict[str, Any], PackedSeqParams | None]:
     """This rank's share of the next micro-batch; None for what its pipeline stage does not need."""
     args = get_args()
     packed = args.dataloader_inter_document_masking
-    has_mtp = mtp_on_this_rank(
-        layout=config.pipeline_model_parallel_layout,
-        mtp_num_layers=config.mtp_num_layers,
-        ignore_virtual=False,
-        vp_stage=vp_stage,
-    )
+    has_mtp = _has_mtp(config, vp_stage)
     uses_tokens = is_first_or_last_pipeline_stage(vp_stage) or has_mtp
     if not uses_tokens and not packed:
         return dict.fromkeys(_BATCH_KEYS), None
@@ -207,10 +210,16 @@ def _packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams:
     cu_seqlens = batch["cu_seqlens"].squeeze(0)
     update_seqlen_stats_from_cu_seqlens(cu_seqlens)
     longest = int(batch["max_seqlen"].item())
-    return PackedSeqParams(
+    packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
+    # Planned here, where the host waits for the batch anyway, so that no layer reads cu_seqlens. Megatron
+    # flattens the micro-batch into one stream and cuts that as a whole.
+    args = get_args()
+    tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+    context_shard(tokens, mpu.get_context_parallel_group(), cu_seqlens.device, packed, "stream")
+    return packed

@@ -161,7 +161,7 @@ def test_a_gradient_that_is_not_sent_back_is_noticed(monkeypatch):
 def test_a_group_gradient_that_is_not_summed_is_noticed(monkeypatch):
     from cca_megatron import attention
 
-    monkeypatch.setattr(attention, "gradient_summed", lambda parameter, share: parameter)
+    monkeypatch.setattr(attention, "gradients_summed", lambda weights, share: weights)
     with pytest.raises(AssertionError, match=r"gradient of .*conv.*relative error"):
         compare_models(Layout(tp=2), {"num_query_groups": 1})
 
@@ -173,7 +173,7 @@ EXPERT = [Layout(ep=2), Layout(tp=2, sp=True), Layout(tp=2, sp=True, ep=2), Layo
 @pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
 @pytest.mark.parametrize("layout", EXPERT, ids=str)
 def test_mixture_of_experts(layout, dispatcher):
-    if layout.etp > 1 and dispatcher == "alltoall":
+    if layout.etp > 1 and dispatcher == "alltoall" and dist.get_backend() == "gloo":
         pytest.skip("gloo has no all-gather of uneven parts")
     compare_models(layout, MOE | {"moe_token_dispatcher_type": dispatcher})
 

@@ -38,6 +38,16 @@ VARIANTS = {
         2,
         "--tensor-model-parallel-size 2 --sequence-parallel",
     ),
+    "context, ring": ("dense", 2, "--context-parallel-size 2"),
+    "context, all-gather": ("dense", 2, "--context-parallel-size 2 --cp-comm-type all_gather"),
+    "context, all-to-all": ("dense", 2, "--context-parallel-size 2 --cp-comm-type a2a --cca-recompute-mix"),
+    "documents, context": ("documents", 2, "--context-parallel-size 2"),
+    "documents, context, one sample": (
+        "documents",
+        2,
+        "--context-parallel-size 2 --micro-batch-size 1 --cp-comm-type all_gather",
+    ),
+    "experts, context": ("experts", 2, "--context-parallel-size 2 --expert-model-parallel-size 2"),
     "documents, pipeline": ("documents", 2, "--pipeline-model-parallel-size 2 --micro-batch-size 1"),
     "experts, all-to-all": (
         "experts",
