@@ -27,10 +27,12 @@ quickstart: setup
 test: lint
 	$(BIN)/python -m pytest tests --ignore tests/distributed -m "not long"
 	$(TORCHRUN) --nproc-per-node 2 -m pytest tests/distributed -m "not long"
+	$(TORCHRUN) --nproc-per-node 4 -m pytest tests/distributed/test_context.py
 
 test-all: lint
 	$(BIN)/python -m pytest tests --ignore tests/distributed
 	$(TORCHRUN) --nproc-per-node 2 -m pytest tests/distributed
+	$(TORCHRUN) --nproc-per-node 4 -m pytest tests/distributed
 
 lint: setup-dev
 	$(BIN)/ruff check .

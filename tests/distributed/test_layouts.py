@@ -1,6 +1,7 @@
 """Any layout computes what one rank computes: logits and every gradient, in fp64."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -130,6 +131,26 @@ def test_context_parallelism(comm_type, zigzag, documents):
 @pytest.mark.parametrize("layout", TENSOR, ids=str)
 def test_more_tensor_parallel_ranks_than_groups(layout):
     compare_models(layout, {"num_query_groups": 1}, CCAConfig(conv_kernel_sizes=(2, 3)))
+
+
+FOUR = [
+    (Layout(cp=4), {"cp_comm_type": "p2p"}),
+    (Layout(cp=4), {"cp_comm_type": "a2a"}),  # more ranks than KV heads
+    (Layout(tp=2, cp=2), {}),
+    (Layout(tp=2, sp=True, cp=2), {"cp_comm_type": "all_gather"}),
+    (Layout(tp=4), {}),  # more ranks than KV heads
+    (Layout(tp=4, sp=True), {"num_query_groups": 1}),
+    (Layout(tp=2, cp=2), {"num_query_groups": 1, "cp_comm_type": "a2a"}),
+    (Layout(cp=2, ep=2), MOE),
+]
+
+
+@pytest.mark.skipif(int(os.environ.get("WORLD_SIZE", "1")) < 4, reason="needs 4 processes")
+@pytest.mark.parametrize("documents", [None, [1, 2, 3, 0, 7, 11]], ids=["batch", "stream"])
+@pytest.mark.parametrize(("layout", "settings"), FOUR, ids=str)
+def test_axes_together(layout, settings, documents):
+    # Four samples of 16 tokens: two zigzag chunks for each of four ranks.
+    compare_models(layout, settings, CCAConfig(packed_zigzag="stream"), documents)
 
 
 def test_a_missing_halo_is_noticed(monkeypatch):

@@ -165,6 +165,29 @@ def test_chunks_with_boundaries_equal_the_whole():
     assert_same(gradients(in_chunks, mixed, weights, options), whole, bound=1e-13)
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_some_query_heads_are_those_of_all(first):
+    """The mean of the key still takes all query heads; what the others' convs do is not computed."""
+    groups, queries, dim, count = 2, 4, 4, 2
+    weights, mixed = random_weights(groups, queries, dim), random_mixed(9, groups, queries, dim)
+    boundary = random_boundary(2, weights, groups, queries, dim, dim, batch=2)
+    inputs = {"cu_seqlens": torch.tensor([0, 4, 8]), "boundary": boundary}
+    options = MixOptions(value_delay_from=dim)
+    q, k, v = cca_mix(mixed, weights, options, **inputs)
+    part = cca_mix(mixed, weights, replace(options, query_heads=(first, count)), **inputs)
+    expected = q.unflatten(2, (groups, queries))[:, :, :, first : first + count].flatten(2, 3)
+    for name, a, b in zip("qkv", (expected, k, v), part, strict=True):
+        assert_close(name, a, b, 1e-13)
+
+
+def test_no_tokens_at_all():
+    weights, mixed = random_weights(2, 2, 4), random_mixed(0, 2, 2, 4)
+    starts = torch.zeros(1, dtype=torch.int64)
+    boundary = random_boundary(0, weights, 2, 2, 4, 4, batch=2)
+    q, k, v = cca_mix(mixed, weights, MixOptions(value_delay_from=4), cu_seqlens=starts, boundary=boundary)
+    assert (q.shape, k.shape, v.shape) == ((0, 2, 4, 4), (0, 2, 2, 4), (0, 2, 2, 4))
+
+
 def test_gradcheck():
     torch.manual_seed(6)
     weights, cu_seqlens = random_weights(1, 2, 2, 2, 2), torch.tensor([0, 1, 4])

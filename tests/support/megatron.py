@@ -34,7 +34,7 @@ from torch import Tensor
 
 from cca_megatron.parallel.layout import ContextLayout
 
-VOCAB, HIDDEN, SEQUENCE = 96, 32, 12
+VOCAB, HIDDEN, SEQUENCE = 96, 32, 16
 
 
 @dataclasses.dataclass(frozen=True)

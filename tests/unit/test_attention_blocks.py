@@ -1,0 +1,52 @@
+"""Blocks of attention, flash and plain, merge to attention over all keys, gradients included."""
+
+import pytest
+import torch
+from support.closeness import assert_close
+from torch.nn import functional as F
+
+from cca_megatron.parallel.attention_blocks import (
+    Merged,
+    attend_block,
+    attend_block_backward,
+    attend_block_backward_plain,
+    attend_block_plain,
+)
+
+KINDS = {
+    "flash": (attend_block, attend_block_backward),
+    "plain": (attend_block_plain, attend_block_backward_plain),
+}
+# More rows than the plain version takes at a time; the queries are the last 300 of 700 tokens.
+QUERIES, KEYS, SCALE = 300, 700, 0.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_merge_to_the_whole(kind):
+    forward, backward = KINDS[kind]
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(heads, tokens):
+        shape = (2, heads, tokens, 8)
+        return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    q, k, v, upstream = draw(4, QUERIES), draw(2, KEYS), draw(2, KEYS), draw(4, QUERIES).detach()
+    row = torch.arange(KEYS - QUERIES, KEYS)[:, None]
+    expected = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=torch.arange(KEYS) <= row, scale=SCALE, enable_gqa=True
+    )
+    gradients = torch.autograd.grad(expected, (q, k, v), upstream)
+    blocks = [(slice(0, 150), False), (slice(150, 400), False), (slice(400, 700), True)]
+    q, k, v = (x.detach() for x in (q, k, v))
+    merged = Merged(q)
+    for keys, causal in blocks:
+        merged.add(slice(None), *forward(q, k[:, :, keys], v[:, :, keys], causal, SCALE))
+    assert_close("output", expected.detach(), merged.out, 1e-13)
+
+    got = [torch.zeros_like(x) for x in (q, k, v)]
+    for keys, causal in blocks:
+        part = backward(upstream, q, k[:, :, keys], v[:, :, keys], merged.out, merged.lse, causal, SCALE)
+        for total, where, gradient in zip(got, (slice(None), keys, keys), part, strict=True):
+            total[:, :, where] += gradient
+    for name, reference, gradient in zip("qkv", gradients, got, strict=True):
+        assert_close(f"gradient of {name}", reference, gradient, 1e-12)
