@@ -71,6 +71,7 @@ def train(
         if print_args:
             print(command.text())
             return
+        session.check_machine(command.recipe, device)
         session.train(command, device, console)
     except (RecipeError, DataError, TrainingError, ValueError) as error:
         _fail(error)

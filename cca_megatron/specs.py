@@ -68,18 +68,26 @@ _STOCK_MTP = (
 
 
 def cca_layer_spec(config: Any, cca: CCAConfig | None = None) -> ModuleSpec:
-    """One transformer layer with CCA, of the kind (dense or MoE) of the model's last layer.
+    """One transformer layer with CCA, for models whose layers are all of one kind (dense or MoE).
 
     Args:
         config: a TransformerConfig, or Megatron's GPTModelConfig around one.
         cca: the CCA settings; None means ``CCAConfig()``.
 
     Raises:
-        ValueError: the settings do not fit together.
+        ValueError: the settings do not fit together, or ``moe_layer_freq`` mixes dense and MoE layers.
         RuntimeError: the configuration wants Transformer Engine and it is not installed.
     """
     config = _transformer_config(config)
-    return _layer_specs(config, _wants_te(config), cca)[-1]
+    use_te = _wants_te(config)
+    layers = _layer_specs(config, use_te, cca)
+    if len({_is_moe(layer.submodules) for layer in layers}) > 1:
+        raise ValueError(
+            f"moe_layer_freq={config.moe_layer_freq}: cca_layer_spec is one layer for the whole model, and "
+            "these are dense and MoE layers; cca_decoder_block_spec works"
+        )
+    _announce(len(layers), use_te)
+    return layers[-1]
 
 
 def cca_decoder_block_spec(
@@ -127,7 +135,7 @@ def cca_mtp_block_spec(config: Any, vp_stage: int | None = None, cca: CCAConfig 
     if config.mtp_num_layers is None:
         return None
     backend = TESpecProvider() if _wants_te(config) else CCALocalSpecProvider()
-    layer = cca_layer_spec(config, cca)
+    layer = _layer_specs(config, _wants_te(config), cca)[-1]
     return get_gpt_mtp_block_spec_for_backend(config, layer, backend, vp_stage=vp_stage)
 
 
@@ -209,6 +217,10 @@ def _replace_attention(submodules: TransformerLayerSubmodules, cca: CCAConfig) -
     return replace(submodules, self_attention=attention)
 
 
+def _is_moe(submodules: TransformerLayerSubmodules) -> bool:
+    return getattr(submodules.mlp, "func", None) is MoELayer
+
+
 def _localize(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
     """Put the local backend's norms and core attention into a layer of Megatron's local backend."""
     attention = submodules.self_attention
@@ -218,7 +230,7 @@ def _localize(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodu
     # In checkpoints a norm is named as Transformer Engine names it, fused into the linear after it, so
     # that what one backend saved the other loads. A MoE layer has no such linear.
     names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    if getattr(submodules.mlp, "func", None) is not MoELayer:
+    if not _is_moe(submodules):
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return replace(
         submodules,

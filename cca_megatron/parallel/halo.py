@@ -178,6 +178,6 @@ class HaloExchange:
         rows = rows.index_copy(0, plan.slots, received).unflatten(0, (plan.edges, plan.rows))
         batch, *head_shape = self._latent_shape
         channels = head_shape[0] * head_shape[1] * head_shape[2] if self._conv_rows else 0
-        latents = rows[:, plan.rows - self._conv_rows :, :, :channels]
+        latents = rows[:, : self._conv_rows, :, :channels]  # all rows, or none where the convs need none
         shape = (plan.edges, self._conv_rows, batch, *head_shape)
         return Boundary(latents.reshape(shape), rows[:, -1, :, channels:])

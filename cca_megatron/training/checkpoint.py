@@ -19,7 +19,7 @@ _MODEL_SETTINGS = (
     "position_embedding_type", "rotary_percent", "rotary_base", "vocab_size", "tokenizer_type",
 )
 # fmt: on
-_NOT_IN_WEIGHTS = {"temperature_init", "reset_at_document_start", "recompute_mix"}
+_NOT_IN_WEIGHTS = {"temperature_init", "reset_at_document_start", "recompute_mix", "packed_zigzag"}
 _CCA_SETTINGS = [f"cca_{f.name}" for f in fields(CCAConfig) if f.name not in _NOT_IN_WEIGHTS]
 
 

@@ -29,15 +29,24 @@ def main() -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, set_startup_timestamps
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.arguments import parse_and_validate_args, parse_args
 
     from cca_megatron.training import megatron_fixes
-    from cca_megatron.training.arguments import add_arguments
+    from cca_megatron.training.arguments import add_arguments, argument_problems
     from cca_megatron.training.batch import build_datasets, forward_step
+    from cca_megatron.training.checkpoint import checkpoint_problems
     from cca_megatron.training.model import model_config_from_args
 
     megatron_fixes.apply()
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
+    given = parse_args(extra_args_provider=add_arguments(device))
+    if not given.use_checkpoint_args and given.yaml_cfg is None:  # which bring arguments of their own
+        # Before Megatron completes the arguments, as it then forgets what was not given.
+        problems = [*argument_problems(given), *checkpoint_problems(given)]
+        if problems:
+            raise SystemExit(
+                "ValueError: CCA cannot run with these settings:\n  - " + "\n  - ".join(problems)
+            )
     args = parse_and_validate_args(extra_args_provider=add_arguments(device))
     pretrain(
         pretrain_cfg_container_from_args(args, model_config_from_args(args)),

@@ -23,12 +23,11 @@ def prepare_command(recipe_path: Path, overrides: list[str]) -> tuple[Command, D
     """Read and check a recipe for this machine.
 
     Raises:
-        RecipeError: it cannot run here.
+        RecipeError: it cannot run.
         ValueError: ``CCA_DEVICE`` is wrong.
     """
     recipe = load_recipe(recipe_path, overrides)
     device = select_device()
-    _check_machine(recipe, device)
     if device == "cpu":
         from cca_megatron.training import cpu_backend
 
@@ -42,7 +41,8 @@ def prepare_command(recipe_path: Path, overrides: list[str]) -> tuple[Command, D
     return command, device
 
 
-def _check_machine(recipe: Recipe, device: Device) -> None:
+def check_machine(recipe: Recipe, device: Device) -> None:
+    """Raise RecipeError if this machine alone cannot run the recipe."""
     if recipe.launch.nodes > 1:
         raise RecipeError(
             f"launch.nodes={recipe.launch.nodes}: this command starts processes on one machine; "

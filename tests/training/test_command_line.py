@@ -1,6 +1,7 @@
 """``cca-megatron`` as a user runs it: from a recipe to a trained model, stopped, resumed, refused."""
 
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -132,6 +133,36 @@ def test_a_checkpoint_of_another_model_is_refused(trained, override, monkeypatch
     with pytest.raises(RecipeError, match=f"{ANOTHER_MODEL[override]}.*train into another output folder"):
         prepare_command(path, [override, "megatron.moe-layer-freq=1"])
     prepare_command(path, [override, "megatron.moe-layer-freq=1", "output=runs/new"])
+
+
+def test_what_is_not_in_the_weights_may_change(trained, monkeypatch):
+    folder, path, _ = trained
+    monkeypatch.chdir(folder)
+    prepare_command(path, ["cca.packed_zigzag=stream", "cca.recompute_mix=true", "cca.temperature_init=2"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--spec my.specs cca", "spec=.*this entry builds CCA by itself"),
+        ("--reset-attention-mask", "--dataloader-inter-document-masking keeps documents apart"),
+        ("--cca-temperature exp --load {checkpoints}", "cca_temperature='exp', but the checkpoint"),
+    ],
+)
+def test_the_entry_without_a_recipe_checks_too(trained, arguments, message):
+    """As a job script starts it; one message, before any process group."""
+    folder, _, _ = trained
+    words = arguments.format(checkpoints=folder / "runs/test/checkpoints").split()
+    command = [sys.executable, "-m", "cca_megatron.training.pretrain", *MODEL, "--mock-data", *words]
+    run = subprocess.run(
+        [*command, "--micro-batch-size", "1", "--train-iters", "1"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert re.search(message, run.stderr), run.stderr
 
 
 def test_a_refusal_changes_nothing(trained):

@@ -41,6 +41,12 @@ VARIANTS = {
     "context, ring": ("dense", 2, "--context-parallel-size 2"),
     "context, all-gather": ("dense", 2, "--context-parallel-size 2 --cp-comm-type all_gather"),
     "context, all-to-all": ("dense", 2, "--context-parallel-size 2 --cp-comm-type a2a --cca-recompute-mix"),
+    "one group, tensor parallel": ("one group", 2, "--tensor-model-parallel-size 2"),
+    "one group, distributed optimizer": (
+        "one group",
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer",
+    ),
     "documents, context": ("documents", 2, "--context-parallel-size 2"),
     "documents, context, one sample": (
         "documents",
@@ -61,7 +67,12 @@ VARIANTS = {
     ),
     "experts, pipeline": ("experts", 2, "--pipeline-model-parallel-size 2"),
 }
-MODELS = {"dense": [], "documents": DOCUMENTS, "experts": EXPERTS}
+MODELS = {
+    "dense": [],
+    "one group": ["--num-query-groups", "1", "--clip-grad", "0.1"],
+    "documents": DOCUMENTS,
+    "experts": EXPERTS,
+}
 
 
 def padding(arguments: str) -> list[str]:

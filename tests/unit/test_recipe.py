@@ -10,7 +10,7 @@ from cca_megatron import CCAConfig
 from cca_megatron.training.arguments import cca_config_from_args
 from cca_megatron.training.command import build_command, check_data
 from cca_megatron.training.recipe import RecipeError, load_recipe
-from cca_megatron.training.session import prepare_command
+from cca_megatron.training.session import check_machine, prepare_command
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "recipes" / "quickstart.yaml"
 SMALL = {
@@ -252,8 +252,11 @@ def test_missing_data_is_named():
 
 
 def test_a_train_command_runs_on_one_machine():
+    """And ``--print-args``, which the message recommends, shows the others' part."""
+    made, device = prepare_command(written(small(launch={"nodes": 2})), [])
     with pytest.raises(RecipeError, match=r"launch.nodes=2: .*--print-args"):
-        prepare_command(written(small(launch={"nodes": 2})), [])
+        check_machine(made.recipe, device)
+    assert "--nnodes" in made.text()
 
 
 @pytest.mark.parametrize("choice", ["gpu", "cuda"])

@@ -87,17 +87,23 @@ def stock_model(config, spec):
 def test_the_stock_flow_trains_cca(name, moe, caplog):
     """``--spec cca_megatron.specs NAME`` in Megatron's own training script."""
     settings = {**MOE, "moe_router_topk": 4} if moe else {}
+    if moe and name == "cca_layer_spec":
+        settings["moe_layer_freq"] = 1  # it is one layer for the whole model
     config = tiny_config(params_dtype=torch.float32, **settings)
     with caplog.at_level(logging.WARNING):
         model = stock_model(config, import_module(("cca_megatron.specs", name)))
     assert_all_cca(model, layers=2)
-    if name != "cca_layer_spec":  # which is one layer, of the last one's kind
-        assert [is_moe(layer) for layer in model.decoder.layers] == [False, moe]
+    first_is_moe = moe and name == "cca_layer_spec"
+    assert [is_moe(layer) for layer in model.decoder.layers] == [first_is_moe, moe]
     if name == "cca_layer_spec_local":
         assert isinstance(model.decoder.final_layernorm, torch.nn.RMSNorm)
-    if name != "cca_layer_spec":
-        assert "CCA attention: 2 layers" in caplog.text
+    assert "CCA attention: 2 layers" in caplog.text
     train_a_step(model)
+
+
+def test_one_layer_for_a_model_of_two_kinds_is_refused():
+    with pytest.raises(ValueError, match=r"moe_layer_freq=\[0, 1\]: .*cca_decoder_block_spec works"):
+        specs.cca_layer_spec(tiny_config(**MOE))
 
 
 def test_a_default_transformer_config_works():
