@@ -30,7 +30,7 @@ from cca_megatron._compat import (
 )
 from cca_megatron.config import CCAConfig, check_config
 from cca_megatron.mix_parameters import GroupShare, gradients_summed, new_parameter, sharded_parameters
-from cca_megatron.parallel.context import ContextShard, context_shard, document_starts
+from cca_megatron.parallel.context import context_shard, document_starts
 
 
 class CCASelfAttention(SelfAttention):
@@ -138,6 +138,7 @@ class CCASelfAttention(SelfAttention):
 
         Raises:
             NotImplementedError: an inference context is given, or packed documents with mrope.
+            ValueError: packed documents with a batch, or longer than the table of RoPE angles.
         """
         if deprecate_inference_params(inference_context, inference_params) is not None:
             raise NotImplementedError(
@@ -146,6 +147,10 @@ class CCASelfAttention(SelfAttention):
             )
         if self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]:
             rotary_pos_emb = None
+        # Self-attention has one table for queries and keys; Megatron may pass it twice.
+        angles = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
+        if packed_seq_params is not None:
+            self._check_packed(packed_seq_params, angles, batch=hidden_states.shape[1])
 
         nvtx_range_push(suffix="qkv")
         qkv_manager = off_interface(self.offload_qkv_linear, hidden_states, "qkv_linear")
@@ -155,7 +160,7 @@ class CCASelfAttention(SelfAttention):
         nvtx_range_pop(suffix="qkv")
 
         nvtx_range_push(suffix="cca_mix")
-        mix = self._mix_function(rotary_pos_emb, packed_seq_params, tokens=mixed.shape[0])
+        mix = self._mix_function(angles, packed_seq_params, tokens=mixed.shape[0])
         recompute = None
         if self.cca.recompute_mix and self.training:
             recompute = tensor_parallel.CheckpointWithoutOutput(fp8=self.config.fp8 or self.config.fp4)
@@ -201,13 +206,14 @@ class CCASelfAttention(SelfAttention):
 
     def _mix_function(
         self,
-        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None,
+        angles: Tensor | None,
         packed_seq_params: PackedSeqParams | None,
         tokens: int,
     ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
         """The mix as a function of the latents alone, as recomputation needs it."""
-        angles = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
-        shard = self._context_shard(packed_seq_params, tokens)
+        shard = context_shard(
+            tokens, self.pg_collection.cp, self.temperature.device, packed_seq_params, self.cca.packed_zigzag
+        )
         cu_seqlens = None if packed_seq_params is None else document_starts(packed_seq_params)
 
         def mix(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,21 +234,29 @@ class CCASelfAttention(SelfAttention):
 
         return mix
 
-    def _context_shard(self, packed_seq_params: PackedSeqParams | None, tokens: int) -> ContextShard | None:
-        """How the tokens of this micro-batch lie on the context-parallel ranks; None if on one."""
-        if packed_seq_params is not None and self.config.mrope_section is not None:
+    def _check_packed(self, packed_seq_params: PackedSeqParams, angles: Tensor | None, batch: int) -> None:
+        document_starts(packed_seq_params)  # refuses other formats
+        if batch != 1:
+            raise ValueError(
+                f"hidden_states has batch {batch} with packed_seq_params: packed documents are one stream; "
+                "batch 1 works (Megatron's flatten_batch_for_packed_sequences makes it)"
+            )
+        if self.config.mrope_section is not None:
             raise NotImplementedError(
                 f"mrope_section={self.config.mrope_section} with packed documents: the positions of "
                 "mrope are given per token, not counted in each document; mrope_section=None works"
             )
-        return context_shard(
-            tokens, self.pg_collection.cp, self.temperature.device, packed_seq_params, self.cca.packed_zigzag
-        )
+        longest = packed_seq_params.max_seqlen_q
+        if angles is not None and longest is not None and longest > angles.shape[0]:
+            raise ValueError(
+                f"packed_seq_params.max_seqlen_q={longest}: the table of RoPE angles has "
+                f"{angles.shape[0]} positions; give rotary_pos_emb of at least {longest}"
+            )
 
     def _cos_sin(self, angles: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """cos and sin at each token from Megatron's table [positions, 1, 1, width]."""
         if positions is not None:
-            # Padding after the last document may lie beyond the table; its rows are not used.
+            # Padding may lie beyond the table; its rows are not used.
             angles = angles[positions.clamp(max=angles.shape[0] - 1)]
         scale = self._yarn_concentration_factor
         return angles.cos() * scale, angles.sin() * scale

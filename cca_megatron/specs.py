@@ -30,6 +30,10 @@ try:
         ModuleSpec,
         MoELayer,
         MoETransformerLayer,
+        MultiTokenPredictionBlock,
+        MultiTokenPredictionBlockSubmodules,
+        MultiTokenPredictionLayer,
+        MultiTokenPredictionLayerSubmodules,
         ProcessGroupCollection,
         SelfAttentionSubmodules,
         TESpecProvider,
@@ -298,8 +302,21 @@ class _LocalHybridStack(_HybridStack):
             self.final_norm = LocalNorm(config, config.hidden_size, config.layernorm_epsilon)
 
 
+class _NeedsTransformerEngine:
+    """Stands for a layer kind that the local backend lacks; the default would be an identity."""
+
+    def __init__(self, *, symbol: str, config: TransformerConfig, **_: Any):
+        raise ValueError(
+            f"hybrid_layer_pattern with {symbol!r}: without Transformer Engine the hybrid stack has "
+            "attention (*), MLP (-) and MoE (E) layers; with it, use hybrid_cca_stack_spec"
+        )
+
+
 def _local_hybrid_submodules(cca: CCAConfig) -> HybridStackSubmodules:
     """Attention, MLP and MoE each as a layer of its own, cut from Megatron's local layer."""
+
+    def absent(symbol: str) -> ModuleSpec:
+        return ModuleSpec(module=_NeedsTransformerEngine, params={"symbol": symbol})
 
     def part(*drop: str, num_experts: int | None = None) -> TransformerLayerSubmodules:
         whole = get_gpt_layer_local_submodules(num_experts=num_experts)
@@ -314,6 +331,27 @@ def _local_hybrid_submodules(cca: CCAConfig) -> HybridStackSubmodules:
         mlp_layer=ModuleSpec(module=MLPLayer, submodules=part(*attention)),
         # The number of experts comes from the configuration; here it only has to be one.
         moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=part(*attention, num_experts=1)),
+        mamba_layer=absent("M"),
+        gdn_layer=absent("G"),
+        dsa_layer=absent("D"),
+        mla_layer=absent("+"),
+        mtp_block_spec=_local_hybrid_mtp_block(),
+    )
+
+
+def _local_hybrid_mtp_block() -> ModuleSpec:
+    """Norms and projection of a multi-token prediction layer; Megatron builds the rest by the pattern."""
+    layer = MultiTokenPredictionLayerSubmodules(
+        enorm=LocalNorm,
+        hnorm=LocalNorm,
+        eh_proj=CCALocalSpecProvider().column_parallel_linear(),
+        mtp_model_layer=None,
+        layer_norm=LocalNorm,
+    )
+    layers = [ModuleSpec(module=MultiTokenPredictionLayer, submodules=layer)]
+    return ModuleSpec(
+        module=MultiTokenPredictionBlock,
+        submodules=MultiTokenPredictionBlockSubmodules(layer_specs=layers),
     )
 
 

@@ -1,8 +1,10 @@
 """Text to Megatron's ``.bin/.idx``: in parallel, with a progress bar, and whole or not at all."""
 
+import glob
 import json
 import multiprocessing
 import os
+import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -97,7 +99,7 @@ def prepare(
 
     data.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale_parts(data)
-    part = Path(f"{data.with_suffix('')}.part-{os.getpid()}")
+    part = data.with_name(_part_name(data) + str(os.getpid()))
     part_data, part_index, part_manifest = dataset_files(part)
     total, done = sum(unit.size for unit in units), 0
     documents = tokens = text_bytes = 0
@@ -196,9 +198,14 @@ def _encode(unit: Unit, encoder: Encoder, text_key: str) -> _Encoded:
     return _Encoded(tokens, lengths, text_bytes, skipped)
 
 
+def _part_name(data: Path) -> str:
+    """What names of unfinished parts begin with. On a shared file system several hosts may be at work."""
+    return f"{data.stem}.part-{socket.gethostname()}-"
+
+
 def _remove_stale_parts(data: Path) -> None:
-    """Delete what killed runs have left: parts whose process is gone."""
-    for leftover in data.parent.glob(f"{data.stem}.part-*"):
-        pid = leftover.name.removeprefix(f"{data.stem}.part-").partition(".")[0]
+    """Delete what killed runs on this host have left: parts whose process is gone."""
+    for leftover in data.parent.glob(glob.escape(_part_name(data)) + "*"):
+        pid = leftover.name.removeprefix(_part_name(data)).partition(".")[0]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
             leftover.unlink(missing_ok=True)

@@ -121,8 +121,8 @@ def context_shard(
     """This rank's view of the current micro-batch; None where one rank holds all of it.
 
     For packed documents it is computed once per micro-batch and kept on ``packed_seq_params``, which
-    every layer gets. Computing it reads cu_seqlens on the host: a caller who wants no layer to wait for
-    the device calls this while the batch is prepared.
+    every layer gets. Computing it reads cu_seqlens on the host (:func:`host_document_starts`): a caller
+    who wants no layer to wait for the device calls this while the batch is prepared.
 
     Args:
         tokens: tokens of this rank, padding included.
@@ -142,9 +142,9 @@ def context_shard(
     elif packed_seq_params.local_cp_size == 1:
         return None
     if shard is None and group.size() > 1:
-        cu_seqlens = document_starts(packed_seq_params).cpu().numpy().astype(np.int64)
         cut = ContextLayout.zigzag if packed_zigzag == "stream" else ContextLayout.zigzag_documents
-        shard = ContextShard(cut(tokens * group.size(), group.size(), cu_seqlens), group, device)
+        ends = host_document_starts(packed_seq_params)
+        shard = ContextShard(cut(tokens * group.size(), group.size(), ends), group, device)
         set_context_shard(packed_seq_params, shard)
     return shard
 
@@ -167,3 +167,26 @@ def document_starts(packed_seq_params: PackedSeqParams) -> Tensor:
         )
     padded = packed_seq_params.cu_seqlens_q_padded
     return packed_seq_params.cu_seqlens_q if padded is None else padded
+
+
+def host_document_starts(packed_seq_params: PackedSeqParams) -> Integers:
+    """:func:`document_starts` on the host: read once per micro-batch and kept on ``packed_seq_params``.
+
+    Reading waits for the device, so a caller who wants no layer to wait calls this with the batch.
+
+    Raises:
+        ValueError: the documents are not in ``thd`` format, or longer than ``max_seqlen_q`` says, after
+            which Megatron sizes its table of RoPE angles.
+    """
+    starts: Integers | None = getattr(packed_seq_params, "cca_document_starts", None)
+    if starts is None:
+        starts = document_starts(packed_seq_params).cpu().numpy().astype(np.int64)
+        packed_seq_params.cca_document_starts = starts
+        unpadded = np.diff(packed_seq_params.cu_seqlens_q.cpu().numpy())
+        longest, stated = int(unpadded.max(initial=0)), packed_seq_params.max_seqlen_q
+        if stated is not None and longest > stated:
+            raise ValueError(
+                f"packed_seq_params.max_seqlen_q={stated}: the longest document has {longest} tokens; "
+                f"max_seqlen_q={longest} works"
+            )
+    return starts

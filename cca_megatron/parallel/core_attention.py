@@ -22,7 +22,7 @@ from cca_megatron._compat import (
 )
 from cca_megatron.config import PackedZigzag
 from cca_megatron.context_rules import context_problems
-from cca_megatron.parallel.context import context_shard, document_starts
+from cca_megatron.parallel.context import context_shard, host_document_starts
 from cca_megatron.parallel.context_attention import context_attention
 from cca_megatron.parallel.head_exchange import attend_by_heads
 
@@ -118,7 +118,7 @@ class LocalCoreAttention(MegatronModule):
                 query.shape[0], self.cp_group, query.device, packed_seq_params, self.packed_zigzag
             )
         if shard is None:
-            ends = None if packed_seq_params is None else document_starts(packed_seq_params).tolist()
+            ends = None if packed_seq_params is None else host_document_starts(packed_seq_params).tolist()
             out = self._attend_whole(query, key, value, ends)
         elif self.cp_comm_type == "a2a":
             attend = partial(self._attend_whole, ends=shard.layout.cu_seqlens.tolist())

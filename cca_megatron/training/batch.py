@@ -26,7 +26,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from torch import Tensor
 
 from cca_megatron._compat import PackedSeqParams, TransformerConfig
-from cca_megatron.parallel.context import context_shard
+from cca_megatron.parallel.context import context_shard, host_document_starts
 
 _SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 _BATCH_KEYS = (
@@ -222,4 +222,5 @@ def _packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams:
     args = get_args()
     tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
     context_shard(tokens, mpu.get_context_parallel_group(), cu_seqlens.device, packed, "stream")
+    host_document_starts(packed)
     return packed

@@ -16,9 +16,22 @@ _MODEL_SETTINGS = (
     "num_query_groups", "kv_channels", "num_experts", "moe_ffn_hidden_size", "moe_layer_freq",
     "moe_router_topk", "mtp_num_layers", "hybrid_layer_pattern", "swiglu", "squared_relu",
     "normalization", "add_bias_linear", "untie_embeddings_and_output_weights",
-    "position_embedding_type", "rotary_percent", "rotary_base", "vocab_size", "tokenizer_type",
+    "position_embedding_type", "rotary_percent", "rotary_base", "rotary_interleaved", "no_rope_freq",
+    "window_size", "window_attn_skip_freq", "layernorm_zero_centered_gamma", "moe_router_pre_softmax",
+    "moe_router_score_function", "moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size",
+    "vocab_size", "tokenizer_type",
 )
 # fmt: on
+# Where nothing is set, these parts are absent; of the others None means that Megatron fills it in later.
+_OPTIONAL_PARTS = {
+    "num_experts",
+    "hybrid_layer_pattern",
+    "no_rope_freq",
+    "window_size",
+    "window_attn_skip_freq",
+    "moe_router_topk_scaling_factor",
+    "moe_shared_expert_intermediate_size",
+}  # fmt: skip
 _NOT_IN_WEIGHTS = {"temperature_init", "reset_at_document_start", "recompute_mix", "packed_zigzag"}
 _CCA_SETTINGS = [f"cca_{f.name}" for f in fields(CCAConfig) if f.name not in _NOT_IN_WEIGHTS]
 
@@ -40,7 +53,7 @@ def iteration_directory(directory: str | Path, iteration: int) -> Path:
 def checkpoint_problems(args: Namespace) -> list[str]:
     """Why the checkpoint that these parsed arguments would load is of another model; empty if it fits.
 
-    Settings that Megatron has not completed yet (None) are not compared.
+    Settings that Megatron has not completed yet are not compared.
     """
     if args.load is None or args.use_checkpoint_args or args.finetune:
         return []
@@ -51,7 +64,8 @@ def checkpoint_problems(args: Namespace) -> list[str]:
     problems = []
     for name in (*_MODEL_SETTINGS, *_CCA_SETTINGS):
         ours, theirs = getattr(args, name, None), getattr(saved, name, None)
-        if ours is not None and theirs is not None and ours != theirs:
+        is_comparable = name in _OPTIONAL_PARTS or None not in (ours, theirs)
+        if is_comparable and ours != theirs:
             problems.append(
                 f"{name}={ours!r}, but the checkpoint in {Path(args.load).resolve()} (iteration "
                 f"{iteration}) has {theirs!r}; set it to that, or train into another output folder"

@@ -110,6 +110,24 @@ def test_dense_model_under_tensor_parallelism(layout, settings):
     compare_models(layout, settings)
 
 
+@pytest.mark.parametrize("groups", [2, 1])
+def test_a_fresh_model_is_the_same_in_every_layout(groups):
+    """With ``use_cpu_initialization``, as without a GPU: every rank keeps its own part of one drawing."""
+    with shared_directory() as directory:
+        for layout in (Layout(tp=2), Layout()):
+            with parallel(layout):
+                config = tiny_config(layout, num_query_groups=groups)
+                model = gpt_model(config, cca_decoder_block_spec(config))
+                if layout != Layout():
+                    save(model, f"{directory}/weights")
+                    continue
+                expected = {n: p.detach().clone() for n, p in model.named_parameters() if "conv" in n}
+                load(model, f"{directory}/weights")
+    got = dict(model.named_parameters())
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+
+
 @pytest.mark.parametrize("layout", TENSOR, ids=str)
 def test_odd_groups_split_the_delayed_half_inside_a_rank(layout):
     """Six groups over two ranks: the first rank holds current values only, the other delayed ones."""

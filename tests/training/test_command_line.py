@@ -122,6 +122,8 @@ ANOTHER_MODEL = {
     "megatron.num-layers=4": "num_layers=4, but the checkpoint in /.* has 2",
     "cca.conv_kernel_sizes=[3,2]": r"cca_conv_kernel_sizes=\[3, 2\], but the checkpoint",
     "cca.temperature=exp": "cca_temperature='exp', but the checkpoint in .* has 'linear'",
+    "megatron.rotary-interleaved=true": "rotary_interleaved=True, but the checkpoint in .* has False",
+    "megatron.window-size=[8,0]": r"window_size=.*, but the checkpoint in .* has None",
     "cca.qk_mean=false": "cca_qk_mean=False, but the checkpoint in .* has True",
 }
 

@@ -1,11 +1,14 @@
 """CCASelfAttention in one process: wiring, documents, recomputation, checkpoints, clipping."""
 
 import dataclasses
+import math
+from unittest.mock import Mock
 
 import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import build_module
 from support.closeness import assert_close
 from support.megatron import HIDDEN, Layout, parallel, randomize, tiny_config
@@ -13,6 +16,7 @@ from support.naive_cca import naive_mix
 
 from cca_kernels import MixOptions, MixWeights
 from cca_megatron import CCAConfig
+from cca_megatron import attention as attention_module
 from cca_megatron.doctor import missing_build_tools
 from cca_megatron.specs import cca_layer_spec
 
@@ -142,6 +146,16 @@ def test_initial_values(form, initial):
     assert module.conv0_weight.dim() == module.conv1_weight.dim() == 3  # Muon takes 2-D ones
 
 
+def test_initialization_can_be_left_out():
+    """As for a model that a checkpoint is about to fill: nothing is drawn."""
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    config = tiny_config(perform_initialization=False)
+    spec = cca_layer_spec(config).submodules.self_attention
+    build_module(spec, config=config, layer_number=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_the_past_does_not_see_the_future():
     module, x = attention(), hidden_states()
     out, _ = module(x, None, rotary_pos_emb=ANGLES.cuda())
@@ -178,6 +192,22 @@ def test_packed_documents_equal_documents_alone(ends):
         assert_close(f"gradient of {name}", sums[name], gradient, 1e-12)
 
 
+def test_padded_documents_start_where_the_padded_ones_do():
+    """Documents of 3 and 2 tokens, padded to 4 each: the second starts at token 4."""
+    module, x = attention(), hidden_states(batch=1, tokens=8)
+    padded = packed(4, 8)
+    both = dataclasses.replace(
+        packed(3, 5), cu_seqlens_q_padded=padded.cu_seqlens_q, cu_seqlens_kv_padded=padded.cu_seqlens_kv
+    )
+    expected, got = (recorded_qkv(module, x, packed_seq_params=p) for p in (padded, both))
+    for a, b in zip(expected, got, strict=True):
+        assert torch.equal(a[:4][:3], b[:4][:3])
+        assert torch.equal(a[4:6], b[4:6])
+    module = attention()
+    out = [module(x, None, rotary_pos_emb=ANGLES.cuda(), packed_seq_params=p)[0] for p in (padded, both)]
+    assert torch.equal(out[0][4:6], out[1][4:6])
+
+
 def test_reset_off_mixes_across_documents_as_a_plain_stream_does():
     module, x = attention(CCAConfig(reset_at_document_start=False)), hidden_states(batch=1)
     no_positions = dataclasses.replace(packed(4, 9))
@@ -202,11 +232,15 @@ def test_selective_recompute_of_core_attention_changes_nothing():
 
 @pytest.mark.skipif(bool(missing_build_tools()), reason="Megatron compiles a helper for it")
 @pytest.mark.parametrize("core", [False, True])
-def test_recomputing_the_mix_changes_nothing(core):
+def test_recomputing_the_mix_changes_nothing(core, monkeypatch):
     settings = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]} if core else {}
     x = hidden_states()
+    calls = Mock(wraps=attention_module.cca_mix)
+    monkeypatch.setattr(attention_module, "cca_mix", calls)
     plain = run(attention(), x)
+    assert calls.call_count == 1
     again = run(attention(CCAConfig(recompute_mix=True), **settings), x)
+    assert calls.call_count == 1 + 2  # forward, and once more in the backward pass
     assert torch.equal(plain[0], again[0])
     for name, gradient in plain[1].items():
         assert_close(name, gradient, again[1][name], 1e-14)
@@ -285,14 +319,25 @@ def test_what_it_does_not_do_is_refused_by_name():
         module.get_query_key_value_tensors(x)
     with pytest.raises(ValueError, match="qkv_format='sbhd'"):
         module(x, None, packed_seq_params=PackedSeqParams(qkv_format="sbhd"))
+    with pytest.raises(ValueError, match="batch 2 with packed_seq_params: .* batch 1 works"):
+        run(module, x, packed_seq_params=packed(4, 9))
+    x = hidden_states(batch=1)
+    with pytest.raises(ValueError, match=r"max_seqlen_q=12: .* 9 positions; give .* at least 12"):
+        run(module, x, packed_seq_params=dataclasses.replace(packed(4, 9), max_seqlen_q=12))
+    with pytest.raises(ValueError, match=r"max_seqlen_q=4: .* has 5 tokens; max_seqlen_q=5 works"):
+        run(module, x, packed_seq_params=dataclasses.replace(packed(4, 9), max_seqlen_q=4))
     with pytest.raises(NotImplementedError, match="mrope_section"):
         run(attention(mrope_section=[1, 1, 0]), hidden_states(batch=1), packed_seq_params=packed(4, 9))
 
 
-@pytest.mark.parametrize("settings", [{"rotary_interleaved": True}, {"no_rope_freq": [1, 0]}])
-def test_megatron_rope_options_are_kept(settings):
+@pytest.mark.parametrize("settings", [{"rotary_interleaved": True}, {"no_rope_freq": [1, 0]}, "yarn"])
+def test_megatron_rope_options_are_kept(settings, monkeypatch):
+    scale = 1.0
+    if settings == "yarn":  # Megatron's model builder sets this on the configuration
+        monkeypatch.setattr(TransformerConfig, "yarn_rotary_scaling_factor", 8.0, raising=False)
+        settings, scale = {}, 0.1 * math.log(8.0) + 1
     module, x = attention(**settings), hidden_states()
-    table = None if "no_rope_freq" in settings else (ANGLES.cos(), ANGLES.sin())
+    table = None if "no_rope_freq" in settings else (ANGLES.cos() * scale, ANGLES.sin() * scale)
     mixed = module.linear_qkv(x)[0].view(TOKENS, 2, 2, 4, 8)
     options = MixOptions(value_delay_from=8, rotary_interleaved=module.config.rotary_interleaved)
     convs = [f"conv{i}_{kind}" for i in (0, 1) for kind in ("weight", "bias")]

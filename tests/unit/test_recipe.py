@@ -9,6 +9,7 @@ import yaml
 from cca_megatron import CCAConfig
 from cca_megatron.training.arguments import cca_config_from_args
 from cca_megatron.training.command import build_command, check_data
+from cca_megatron.training.model import model_config_from_args
 from cca_megatron.training.recipe import RecipeError, load_recipe
 from cca_megatron.training.session import check_machine, prepare_command
 
@@ -98,7 +99,16 @@ def test_flags_lists_and_nothing():
 )
 def test_cca_settings_survive_the_command_line(cca):
     expected = CCAConfig.from_mapping({k.replace("-", "_"): v for k, v in cca.items()})
-    assert cca_config_from_args(command(cca=cca).args) == expected
+    args = command(cca=cca).args
+    assert cca_config_from_args(args) == expected
+    args.padded_vocab_size, args.mtp_num_layers = args.vocab_size, 1  # as a started run has them
+    model = model_config_from_args(args)
+    block = model.transformer_layer_spec(model, pp_rank=0)
+    assert [layer.submodules.self_attention.params["cca"] for layer in block.layer_specs] == [expected] * 2
+    assert model.cca == expected
+    args.hybrid_layer_pattern = "*-"
+    stack = model_config_from_args(args).hybrid_stack_spec.submodules
+    assert stack.attention_layer.submodules.self_attention.params["cca"] == expected
 
 
 def test_output_and_data_become_arguments():

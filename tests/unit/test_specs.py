@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 import subprocess
 import sys
 
@@ -167,27 +168,47 @@ def test_multi_token_prediction_keeps_cca():
     assert specs.cca_mtp_block_spec(tiny_config()) is None
 
 
-def test_the_hybrid_stack_trains_cca(caplog):
-    """Attention, MLP and MoE layers in a pattern, without Transformer Engine."""
+def hybrid_model(pattern, spec=specs.hybrid_cca_stack_spec_local, **settings):
     config = tiny_config(
         **(MOE | {"num_layers": 4, "moe_layer_freq": 1, "moe_router_topk": 4}),
         params_dtype=torch.float32,
         is_hybrid_model=True,
+        **settings,
     )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return HybridModel(
+        config,
+        spec,
+        VOCAB,
+        SEQUENCE,
+        hybrid_layer_pattern=pattern,
+        position_embedding_type="rope",
+        pg_collection=groups,
+    ).cuda()
+
+
+def test_the_hybrid_stack_trains_cca(caplog):
+    """Attention, MLP and MoE layers in a pattern, without Transformer Engine."""
     with caplog.at_level(logging.WARNING):
-        model = HybridModel(
-            config,
-            specs.hybrid_cca_stack_spec_local,
-            VOCAB,
-            SEQUENCE,
-            hybrid_layer_pattern="*-*E",
-            position_embedding_type="rope",
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        ).cuda()
+        model = hybrid_model("*-*E")
     assert "CCA attention: 2 layers" in caplog.text
     assert_all_cca(model, layers=2)
     assert isinstance(model.decoder.final_norm, LocalNorm)
     train_a_step(model)
+
+
+def test_multi_token_prediction_of_a_hybrid_model_keeps_cca():
+    model = hybrid_model("*-*E/*-", mtp_num_layers=1)
+    assert_all_cca(model, layers=3)
+    train_a_step(model)
+
+
+@pytest.mark.parametrize("kind", "MGD+")
+def test_hybrid_layers_that_the_local_backend_lacks_are_refused(kind):
+    """Megatron would build an identity in their place."""
+    message = f"hybrid_layer_pattern with '{re.escape(kind)}': .*hybrid_cca_stack_spec"
+    with pytest.raises(ValueError, match=message):
+        hybrid_model(f"-{kind}E-")
 
 
 def test_a_layer_takes_everything_that_megatron_may_pass():
@@ -238,17 +259,9 @@ class TestWithoutTransformerEngine:
             gpt_model(tiny_config(), specs.cca_layer_spec_te)
 
     def test_the_hybrid_stack(self):
-        with pytest.raises(
-            RuntimeError, match=r"pip install 'cca-megatron\[te\]'.*hybrid_cca_stack_spec_local"
-        ):
-            HybridModel(
-                tiny_config(is_hybrid_model=True),
-                specs.hybrid_cca_stack_spec,
-                VOCAB,
-                SEQUENCE,
-                hybrid_layer_pattern="*-",
-                pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-            )
+        message = r"pip install 'cca-megatron\[te\]'.*hybrid_cca_stack_spec_local"
+        with pytest.raises(RuntimeError, match=message):
+            hybrid_model("*-", specs.hybrid_cca_stack_spec)
 
 
 @pytest.mark.parametrize("missing", ["cca_kernels", "megatron.core.ssm.mlp_layer"])
