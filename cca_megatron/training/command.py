@@ -161,8 +161,9 @@ def _tokens(recipe: Recipe, option: str, action: argparse.Action, value: Any, de
     if isinstance(value, dict) or any(isinstance(item, dict | list) for item in values):
         raise RecipeError(f"{recipe.path}: {option[2:]}={value!r}: must be a value or a list of values")
     if isinstance(value, list) and action.nargs is None:
-        # Where Megatron takes one value that is a list, it reads a Python list: moe-layer-freq.
-        return [option, repr(value).replace(" ", "")]
+        # Where Megatron takes one value that is a list, it reads Python: moe-layer-freq, window-size.
+        is_tuple = getattr(action.type, "__name__", "") == "tuple_type"
+        return [option, repr(tuple(value) if is_tuple else value).replace(" ", "")]
     return [option, *(str(item) for item in values)]
 
 

@@ -76,6 +76,7 @@ def test_flags_lists_and_nothing():
         "add_bias_linear": False,  # as the attribute that --disable-bias-linear turns off
         "num-experts": 4,
         "moe-layer-freq": [0, 1],
+        "window-size": [-1, 0],
         "moe-router-load-balancing-type": ["aux_loss", "seq_aux_loss"],
         "moe-aux-loss-coeff": [0.1, 0.2],
         "save": None,
@@ -85,6 +86,7 @@ def test_flags_lists_and_nothing():
     assert not args.bf16
     assert not args.add_bias_linear
     assert args.moe_layer_freq == [0, 1]
+    assert args.window_size == (-1, 0)
     assert args.moe_aux_loss_coeff == [0.1, 0.2]
     assert args.save is None
 
