@@ -286,6 +286,12 @@ class _HybridStack(HybridStack):
             _require_te("hybrid_cca_stack_spec_local")
         super().__init__(config, *args, **kwargs)
         attentions = [m for m in self.modules() if isinstance(m, CCASelfAttention)]
+        crosses_ranks = cuts_whole_stream() and config.context_parallel_size > 1
+        if crosses_ranks and any(m.cca.packed_zigzag != "stream" for m in attentions):
+            raise ValueError(
+                "--dataloader-inter-document-masking with context parallelism lets documents cross ranks: "
+                "cca_hybrid_stack_spec(use_te, CCAConfig(packed_zigzag='stream')) works"
+            )
         _announce(len(attentions), self.use_te)
 
 

@@ -49,6 +49,11 @@ class ContextShard:
         return self._on_device(positions)
 
     @cached_property
+    def own_tokens(self) -> Tensor:
+        """[S], where in the stream each token of this rank comes from: ``stream[own_tokens]`` is its cut."""
+        return self._on_device(self.layout.token_indices(self.rank))
+
+    @cached_property
     def stream_indices(self) -> Tensor:
         """[CP * S], where in the stream each token comes from, all ranks' tokens one after another."""
         ranks = range(self.layout.size)

@@ -3,7 +3,7 @@
 import argparse
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory
@@ -70,8 +70,20 @@ class _CCAArguments(ArgumentGroupFactory):
 
 
 def cca_config_from_args(args: Namespace) -> CCAConfig:
-    """The CCA settings among parsed arguments."""
-    return CCAConfig(**{f.name: getattr(args, _PREFIX + f.name) for f in fields(CCAConfig)})
+    """The CCA settings among parsed arguments.
+
+    How packed documents are cut over context-parallel ranks follows from where they come from: ``--sft``
+    pads each for a cut of its own, and documents in pretraining data end anywhere.
+    """
+    cca = CCAConfig(**{f.name: getattr(args, _PREFIX + f.name) for f in fields(CCAConfig)})
+    if args.context_parallel_size > 1 and is_packed(args):
+        return replace(cca, packed_zigzag="document" if args.sft else "stream")
+    return cca
+
+
+def is_packed(args: Namespace) -> bool:
+    """Whether samples are several documents that must not see each other."""
+    return bool(args.dataloader_inter_document_masking or args.sft)
 
 
 def argument_problems(args: Namespace) -> list[str]:
@@ -91,7 +103,7 @@ def argument_problems(args: Namespace) -> list[str]:
 
 
 def _entry_rules(args: Namespace) -> list[tuple[bool, str]]:
-    packed = args.dataloader_inter_document_masking
+    cp, length = args.context_parallel_size, args.seq_length
     return [
         (
             args.spec is not None,
@@ -99,9 +111,14 @@ def _entry_rules(args: Namespace) -> list[tuple[bool, str]]:
             "own pretrain_gpt.py",
         ),
         (
-            args.sft or args.fim_data,
-            "sft and fim_data: this entry reads pretraining data; use Megatron's own pretrain_gpt.py "
+            args.fim_data,
+            "fim_data: this entry reads text or conversations; use Megatron's own pretrain_gpt.py "
             "with --spec cca_megatron.specs cca_decoder_block_spec",
+        ),
+        (
+            args.sft and args.dataloader_inter_document_masking,
+            "sft with dataloader_inter_document_masking: conversations are kept apart already; drop the "
+            "latter",
         ),
         (
             args.reset_attention_mask or args.reset_position_ids,
@@ -114,9 +131,14 @@ def _entry_rules(args: Namespace) -> list[tuple[bool, str]]:
             "end before the decay does; lr-warmup-fraction=0.05 works for any length",
         ),
         (
-            packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1,
-            f"micro_batch_size={args.micro_batch_size} with dataloader_inter_document_masking: Megatron's "
-            "pipeline sends packed micro-batches in the wrong shape; micro_batch_size=1 works",
+            is_packed(args) and args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1,
+            f"micro_batch_size={args.micro_batch_size} with packed documents: Megatron's pipeline sends "
+            "packed micro-batches in the wrong shape; micro_batch_size=1 works",
+        ),
+        (
+            bool(cp > 1 and length and length % (2 * cp)),
+            f"seq_length={length} with context_parallel_size={cp}: every sequence is cut in {2 * cp} chunks; "
+            f"seq_length={-(-(length or 0) // (2 * cp)) * 2 * cp} works",
         ),
     ]
 

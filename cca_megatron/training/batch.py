@@ -1,5 +1,6 @@
 """Data and loss of one training step, as Megatron's loop asks for them."""
 
+from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -21,12 +22,14 @@ from megatron.core.utils import (
 )
 from megatron.training import get_args, get_timers
 from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
 from cca_megatron._compat import PackedSeqParams, TransformerConfig
-from cca_megatron.parallel.context import context_shard, host_document_starts
+from cca_megatron.parallel.context import ContextShard, context_shard, host_document_starts
+from cca_megatron.training.arguments import cca_config_from_args, is_packed
 
 _SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 _BATCH_KEYS = (
@@ -44,7 +47,7 @@ _straggler = StragglerDetector()
 
 
 def build_datasets(num_samples: list[int | None], vp_stage: int | None = None) -> tuple[Any, ...]:
-    """Megatron's training, validation and test datasets, from ``--data-path`` or ``--mock-data``.
+    """Megatron's training, validation and test datasets: pretraining text, conversations, or mock data.
 
     Args:
         num_samples: samples to draw for each; None means one pass.
@@ -76,7 +79,7 @@ def build_datasets(num_samples: list[int | None], vp_stage: int | None = None) -
         context_parallel_size=args.context_parallel_size,
         inter_document_masking=args.dataloader_inter_document_masking,
     )
-    dataset_type = MockGPTDataset if args.mock_data else GPTDataset
+    dataset_type = _dataset_type(args)
     is_built_here = partial(_reads_data, vp_stage)
     builder = BlendedMegatronDatasetBuilder(dataset_type, num_samples, is_built_here, config)
     return builder.build()
@@ -86,13 +89,19 @@ def build_datasets(num_samples: list[int | None], vp_stage: int | None = None) -
 build_datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
+def _dataset_type(args: Namespace) -> type[Any]:
+    if args.sft:
+        return SFTDataset
+    return MockGPTDataset if args.mock_data else GPTDataset
+
+
 def _reads_data(vp_stage: int | None) -> bool:
     """Only one rank of a tensor-parallel group reads, and only stages that use tokens or documents."""
     args = get_args()
     uses_tokens = is_first_or_last_pipeline_stage(vp_stage) or _has_mtp(
         core_transformer_config_from_args(args), vp_stage
     )
-    needed = uses_tokens or args.dataloader_inter_document_masking
+    needed = uses_tokens or is_packed(args)
     return needed and mpu.get_tensor_model_parallel_rank() == 0
 
 
@@ -163,7 +172,7 @@ def _next_batch(
 ) -> tuple[dict[str, Any], PackedSeqParams | None]:
     """This rank's share of the next micro-batch; None for what its pipeline stage does not need."""
     args = get_args()
-    packed = args.dataloader_inter_document_masking
+    packed = is_packed(args)
     has_mtp = _has_mtp(config, vp_stage)
     uses_tokens = is_first_or_last_pipeline_stage(vp_stage) or has_mtp
     if not uses_tokens and not packed:
@@ -195,14 +204,17 @@ def _next_batch(
     )
     batch = flatten_batch_for_packed_sequences(batch)
     packed_seq_params = _packed_seq_params(batch) if packed else None
+    shard = None if packed_seq_params is None else _plan(packed_seq_params)
     if not uses_tokens:
         return dict.fromkeys(_BATCH_KEYS), packed_seq_params
-    batch = get_batch_on_this_cp_rank(
-        batch,
-        is_hybrid_cp=False,
-        cp_group=mpu.get_context_parallel_group(),
-        use_per_sequence_balancing=packed,
-    )
+    if packed_seq_params is None:
+        batch = get_batch_on_this_cp_rank(
+            batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+        )
+    elif shard is not None:
+        for key in _SEQUENCE_KEYS:
+            if batch.get(key) is not None:
+                batch[key] = batch[key].index_select(1, shard.own_tokens)
     return batch, packed_seq_params
 
 
@@ -210,17 +222,26 @@ def _packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams:
     cu_seqlens = batch["cu_seqlens"].squeeze(0)
     update_seqlen_stats_from_cu_seqlens(cu_seqlens)
     longest = int(batch["max_seqlen"].item())
-    packed = PackedSeqParams(
+    return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-    # Planned here, where the host waits for the batch anyway, so that no layer reads cu_seqlens. Megatron
-    # flattens the micro-batch into one stream and cuts that as a whole.
+
+
+def _plan(packed_seq_params: PackedSeqParams) -> ContextShard | None:
+    """How the documents lie on the context-parallel ranks; None where there is one rank.
+
+    Planned here, where the host waits for the batch anyway, so that no layer reads cu_seqlens.
+    """
     args = get_args()
-    tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
-    context_shard(tokens, mpu.get_context_parallel_group(), cu_seqlens.device, packed, "stream")
-    host_document_starts(packed)
-    return packed
+    host_document_starts(packed_seq_params)
+    return context_shard(
+        args.micro_batch_size * args.seq_length // args.context_parallel_size,
+        mpu.get_context_parallel_group(),
+        packed_seq_params.cu_seqlens_q.device,
+        packed_seq_params,
+        cca_config_from_args(args).packed_zigzag,
+    )
