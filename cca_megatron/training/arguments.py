@@ -42,7 +42,8 @@ def add_arguments(device: Device) -> Callable[[ArgumentParser], ArgumentParser]:
     def provider(parser: ArgumentParser) -> ArgumentParser:
         _CCAArguments(CCAConfig).build_group(parser, "compressed convolutional attention")
         # CCA is causal: a mask would be built, moved and ignored for every sample.
-        parser.set_defaults(create_attention_mask_in_dataloader=False)
+        # Megatron 0.19 divides by the evaluation interval and has no default for it; it was 1000 before.
+        parser.set_defaults(create_attention_mask_in_dataloader=False, eval_interval=1000)
         if device == "cpu":
             parser.set_defaults(**_CPU_DEFAULTS)
         elif not HAVE_TE:

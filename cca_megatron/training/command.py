@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import os
 import shlex
@@ -96,6 +97,9 @@ def check_data(command: Command) -> None:
         return
     paths = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
     prefixes = [p for group in paths if group for p in group if not _is_number(p)]
+    if args.sft:
+        _check_conversations(prefixes)
+        return
     if not prefixes and args.data_args_path is None and args.per_split_data_args_path is None:
         raise RecipeError("no data: set data.prefix (and data.inputs), or megatron.data-path")
     for prefix in prefixes:
@@ -106,6 +110,17 @@ def check_data(command: Command) -> None:
                 f"or run: cca-megatron data prepare INPUT... --output {prefix} --tokenizer "
                 f"{command.recipe.data.tokenizer}"
             )
+
+
+def _check_conversations(paths: list[str]) -> None:
+    if importlib.util.find_spec("datasets") is None:
+        raise RecipeError("sft: Megatron reads conversations with the package datasets; pip install datasets")
+    missing = [str(Path(path).resolve()) for path in paths if not Path(path).is_file()]
+    if missing or not paths:
+        raise RecipeError(
+            f"sft: {' and '.join(missing) or 'data-path'} missing; megatron.data-path=FILE.jsonl, a list of "
+            'messages ("role", "content") under the key "messages" in each line, works'
+        )
 
 
 def _is_number(text: str) -> bool:

@@ -67,6 +67,7 @@ def test_settings_arrive_at_megatron():
     assert args.group_query_attention
     assert args.transformer_impl == "local"
     assert args.distributed_backend == "gloo"
+    assert args.eval_interval  # Megatron divides by it
 
 
 def test_flags_lists_and_nothing():
@@ -209,7 +210,13 @@ WRONG = {
     },
     "spec=.*this entry builds CCA by itself": {"megatron": {"spec": ["a", "b"]}},
     "reset_attention_mask.*--dataloader-inter-document-masking": {"megatron": {"reset-attention-mask": True}},
-    "sft and fim_data": {"megatron": {"sft": True}},
+    "fim_data: this entry reads": {"megatron": {"fim-data": True}},
+    "sft with dataloader_inter_document_masking": {
+        "megatron": {"sft": True, "dataloader-inter-document-masking": True}
+    },
+    "seq_length=16 with context_parallel_size=3: .* 6 chunks; seq_length=18 works": {
+        "megatron": {"context-parallel-size": 3}
+    },
     "warm-up of 10 and decay over 4": {"megatron": {"lr-warmup-iters": 10}},
     # Megatron's own rules, with and without a message of their own
     "Megatron says: max_position_embeddings": {"megatron": {"seq-length": 64}},
@@ -242,7 +249,7 @@ def test_packed_pipelines_need_single_samples():
         "pipeline-model-parallel-size": 2,
         "micro-batch-size": 2,
     }
-    with pytest.raises(RecipeError, match="micro_batch_size=2 with dataloader_inter_document_masking"):
+    with pytest.raises(RecipeError, match="micro_batch_size=2 with packed documents"):
         command(megatron=settings, launch={"gpus_per_node": 2})
 
 
