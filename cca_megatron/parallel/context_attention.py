@@ -18,13 +18,13 @@ from cca_megatron.parallel.attention_blocks import Merged, attend_block, attend_
 from cca_megatron.parallel.context import ContextShard
 
 
-class Shift:
-    """One tensor on its way to the next rank of the group, and the previous rank's on its way here."""
+class Exchange:
+    """One tensor on its way to the rank ``step`` places ahead, and one from as far behind on its way here."""
 
-    def __init__(self, tensor: Tensor, group: dist.ProcessGroup):
+    def __init__(self, tensor: Tensor, group: dist.ProcessGroup, step: int = 1):
         rank, size = group.rank(), group.size()
         self._sent, self._received = tensor.contiguous(), torch.empty_like(tensor.contiguous())
-        peers = [dist.get_global_rank(group, (rank + step) % size) for step in (1, -1)]
+        peers = [dist.get_global_rank(group, (rank + way * step) % size) for way in (1, -1)]
         operations = [
             # As bytes, because gloo moves no bfloat16.
             dist.P2POp(operation, data.view(torch.uint8), peer, group)
@@ -35,10 +35,12 @@ class Shift:
         self._works = dist.batch_isend_irecv(operations)
 
     def wait(self) -> Tensor:
-        """What the previous rank sent."""
+        """What came; once only, as the buffers are let go of."""
         for work in self._works:
             work.wait()
-        return self._received
+        received = self._received
+        del self._sent, self._received
+        return received
 
 
 class _Transport(ABC):
@@ -67,18 +69,18 @@ class _Ring(_Transport):
         rank, size = self.group.rank(), self.group.size()
         kv = self.kv
         for step in range(size):
-            shift = Shift(kv, self.group) if step < size - 1 else None
+            exchange = Exchange(kv, self.group) if step < size - 1 else None
             yield (rank - step) % size, kv
-            if shift is not None:
-                kv = shift.wait()
+            if exchange is not None:
+                kv = exchange.wait()
 
     def gradient(self, parts: Iterator[Tensor]) -> Tensor:
-        shift: Shift | None = None
+        # The sum travels behind the keys and values that it belongs to, while the next part is found.
+        exchange: Exchange | None = None
         for part in parts:
-            total = part if shift is None else part.add_(shift.wait())
-            shift = Shift(total, self.group)
-        assert shift is not None
-        return shift.wait()
+            exchange = Exchange(part if exchange is None else part.add_(exchange.wait()), self.group)
+        assert exchange is not None
+        return exchange.wait()
 
 
 class _AllGather(_Transport):
@@ -97,14 +99,15 @@ class _AllGather(_Transport):
             yield (rank - step) % size, gathered[(rank - step) % size]
 
     def gradient(self, parts: Iterator[Tensor]) -> Tensor:
-        rank, size = self.group.rank(), self.group.size()
-        wide = torch.promote_types(self.kv.dtype, torch.float32)
-        sent = self.kv.new_empty(size, *self.kv.shape, dtype=wide)
-        for step, part in enumerate(parts):
-            sent[(rank - step) % size] = part
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8), group=self.group)
-        return received.sum(0)
+        # Each part goes straight to its owner while the next is found: a reduce-scatter in a fixed order,
+        # and with two parts in memory instead of all.
+        total = next(parts)
+        exchange: Exchange | None = None
+        for step, part in enumerate(parts, start=1):
+            if exchange is not None:
+                total += exchange.wait()
+            exchange = Exchange(part, self.group, -step)
+        return total if exchange is None else total.add_(exchange.wait())
 
 
 _TRANSPORTS: dict[str, type[_Transport]] = {

@@ -1,9 +1,4 @@
-"""Build Megatron models in any parallel layout, run them, and compare them parameter by parameter.
-
-Two layouts are compared through distributed checkpoints: one layout saves its weights, the other loads
-them; after the backward pass the gradients take the same way back under the names of the weights. So a
-comparison needs to know nothing about how a parameter is cut.
-"""
+"""Build small Megatron models in any parallel layout, and carry their weights from one to another."""
 
 import contextlib
 import dataclasses
@@ -13,26 +8,17 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import (
     init_num_microbatches_calculator,
     unset_num_microbatches_calculator,
 )
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
-
-from cca_megatron.parallel.layout import ContextLayout
 
 VOCAB, HIDDEN, SEQUENCE = 96, 32, 16
 
@@ -45,13 +31,14 @@ class Layout:
     sp: bool = False
     cp: int = 1
     pp: int = 1
+    vpp: int = 1
+    """Chunks of the model on each pipeline stage."""
     ep: int = 1
     etp: int = 1
 
     def __str__(self) -> str:
-        names = {"tp": self.tp, "cp": self.cp, "pp": self.pp, "ep": self.ep, "etp": self.etp}
-        axes = [f"{name}{size}" for name, size in names.items() if size > 1]
-        return "-".join([*axes, *(["sp"] if self.sp else [])]) or "single"
+        sizes = {name: size for name, size in dataclasses.asdict(self).items() if name != "sp" and size > 1}
+        return "-".join([f"{name}{size}" for name, size in sizes.items()] + ["sp"] * self.sp) or "single"
 
 
 def start_distributed() -> None:
@@ -80,6 +67,7 @@ def parallel(layout: Layout) -> Iterator[None]:
         tensor_model_parallel_size=layout.tp,
         context_parallel_size=layout.cp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
     )
@@ -120,6 +108,7 @@ def tiny_config(layout: Layout | None = None, **settings: Any) -> TransformerCon
         "sequence_parallel": layout.sp,
         "context_parallel_size": layout.cp,
         "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
         "params_dtype": dtype,
@@ -141,14 +130,15 @@ MOE = {
 
 def gpt_model(config: TransformerConfig, spec: Any, **settings: Any) -> GPTModel:
     """A GPT model of this config and spec on the current layout."""
+    at = {"ignore_virtual": False, "vp_stage": settings.get("vp_stage")}
     defaults = {
         "vocab_size": VOCAB,
         "max_sequence_length": SEQUENCE,
         "position_embedding_type": "rope",
         "rotary_percent": 0.5,
         "share_embeddings_and_output_weights": False,
-        "pre_process": parallel_state.is_pipeline_first_stage(),
-        "post_process": parallel_state.is_pipeline_last_stage(),
+        "pre_process": parallel_state.is_pipeline_first_stage(**at),
+        "post_process": parallel_state.is_pipeline_last_stage(**at),
     }
     model = GPTModel(config, spec, **(defaults | settings)).to(config.params_dtype)
     return model.cuda()
@@ -171,43 +161,6 @@ def batch_of_tokens(samples: int, seed: int = 3) -> Tensor:
     return torch.randint(0, VOCAB, (samples, SEQUENCE + 1), generator=generator).cuda()
 
 
-def logits_and_gradients(
-    config: TransformerConfig,
-    model: GPTModel,
-    tokens: Tensor,
-    layout: ContextLayout | None = None,
-    **inputs: Any,
-) -> tuple[Tensor, DistributedDataParallel]:
-    """Logits of all samples of the global batch, and the model with its reduced ``main_grad``.
-
-    The loss is a cross-entropy in the model's dtype over gathered logits: Megatron's own computes in
-    fp32. Each data-parallel rank takes its share of the samples, each context-parallel rank its share of
-    the tokens (``layout``; a plain batch by default).
-    """
-    ddp = DistributedDataParallel(config, DistributedDataParallelConfig(overlap_grad_reduce=False), model)
-    ddp.zero_grad_buffer()
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    if len(tokens) < size:
-        tokens = tokens.expand(size, -1)  # one packed sample, the same for all
-    mine = tokens.chunk(size)[rank]
-    positions = torch.arange(mine.shape[1] - 1).cuda().expand(mine.shape[0], -1)
-    group = parallel_state.get_context_parallel_group()
-    layout = layout or ContextLayout.zigzag(mine.shape[1] - 1, group.size())
-    here = torch.from_numpy(layout.token_indices(group.rank()))
-    out = ddp(mine[:, :-1][:, here].contiguous(), positions[:, here], None, **inputs)
-    logits = gather_from_tensor_model_parallel_region(out)
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), mine[:, 1:][:, here].flatten())
-    loss.backward()
-    finalize_model_grads([ddp])
-    chunks = [torch.empty_like(logits) for _ in range(group.size())]
-    dist.all_gather(chunks, logits.detach().contiguous(), group=group)
-    order = [layout.token_indices(rank) for rank in range(group.size())]
-    logits = torch.cat(chunks, 1)[:, np.argsort(np.concatenate(order))]
-    parts = [torch.empty_like(logits) for _ in range(size)]
-    dist.all_gather(parts, logits.detach().contiguous(), group=parallel_state.get_data_parallel_group())
-    return torch.cat(parts), ddp
-
-
 @contextlib.contextmanager
 def shared_directory() -> Iterator[str]:
     """One temporary directory for all ranks."""
@@ -222,31 +175,23 @@ def shared_directory() -> Iterator[str]:
             shutil.rmtree(path[0])
 
 
-def save(model: torch.nn.Module, directory: str) -> None:
-    """Write the model's weights as a distributed checkpoint."""
+def save(chunks: list[torch.nn.Module], directory: str) -> None:
+    """Write the weights of a model, or of its chunks, as a distributed checkpoint."""
     if dist.get_rank() == 0:
         os.makedirs(directory)
     dist.barrier()
-    dist_checkpointing.save(model.sharded_state_dict(), directory)
+    dist_checkpointing.save(_sharded(chunks), directory)
 
 
-def load(model: torch.nn.Module, directory: str) -> None:
+def load(chunks: list[torch.nn.Module], directory: str) -> None:
     """Read weights that any layout has saved."""
-    state = dist_checkpointing.load(model.sharded_state_dict(), directory)
-    model.load_state_dict(state)
+    state = dist_checkpointing.load(_sharded(chunks), directory)
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[str(number)])
 
 
-@contextlib.contextmanager
-def gradients_as_weights(ddp: DistributedDataParallel) -> Iterator[None]:
-    """Let checkpoints see the gradients under the names of the weights."""
-    weights = {p: p.data for p in ddp.module.parameters()}
-    for parameter in weights:
-        parameter.data = parameter.main_grad.to(parameter.dtype).clone()
-    try:
-        yield
-    finally:
-        for parameter, data in weights.items():
-            parameter.data = data
+def _sharded(chunks: list[torch.nn.Module]) -> dict[str, Any]:
+    return {str(number): chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
 
 
 @contextlib.contextmanager
