@@ -1,7 +1,7 @@
 """Places where megatron-core 0.19 does not run as its wheel comes, and what our entry does about them.
 
-They concern installations without Transformer Engine and Apex or without Megatron's source tree; elsewhere
-these functions change nothing.
+Most concern installations without Transformer Engine and Apex or without Megatron's source tree; elsewhere
+they change nothing.
 """
 
 import functools
@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 
+@functools.cache
 def apply() -> None:
-    """All fixes that this installation needs; before Megatron's training loop starts."""
+    """All fixes that this installation needs; before Megatron's training loop starts. Once is enough."""
     _use_shipped_dataset_helpers()
     _let_torch_adam_resume()
     _let_modules_recompute_without_fp8()
+    _let_optimizers_reshard_over_experts()
 
 
 def _use_shipped_dataset_helpers() -> None:
@@ -83,6 +85,61 @@ def _let_modules_recompute_without_fp8() -> None:
         init(self, fp8 or None)
 
     cls.__init__ = without_fp8
+
+
+def _let_optimizers_reshard_over_experts() -> None:
+    """Load a checkpoint's optimizer state with more or fewer optimizers than saved it.
+
+    Megatron gives parameters that are cut over expert-parallel ranks an optimizer of their own. The tensors
+    of a fully reshardable checkpoint do not care, but the settings beside them (learning rate, step) are
+    nested by optimizer.
+    """
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    load_state_dict = ChainedOptimizer.load_state_dict
+
+    @functools.wraps(load_state_dict)
+    def regrouped(self: Any, state_dict: dict[Any, Any]) -> None:
+        load_state_dict(self, _regroup(state_dict, self.chained_optimizers))
+
+    ChainedOptimizer.load_state_dict = regrouped
+
+
+def _regroup(state_dict: dict[Any, Any], optimizers: list[Any]) -> dict[Any, Any]:
+    """The settings of ``state_dict``, as some other number of optimizers saved them, for these.
+
+    A single optimizer's state is not nested, several are numbered. What is loaded has the tensors nested
+    for the optimizers here, and the settings as they were saved.
+    """
+    numbered = {key: value for key, value in state_dict.items() if isinstance(key, int)}
+    plain = {key: value for key, value in state_dict.items() if key not in numbered}
+    saved = [part for part in (plain, *numbered.values()) if "optimizer" in part]
+    if not saved or len(saved) == len(optimizers):
+        return state_dict
+    groups = [group for part in saved for group in part["optimizer"]["param_groups"]]
+    settings = {key: value for key, value in saved[0].items() if key != "param_state"}
+
+    def of(optimizer: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        ours = [_matching(group, groups) for group in optimizer.optimizer.param_groups]
+        inner = {**settings["optimizer"], "param_groups": ours}
+        return {**settings, "optimizer": inner, "param_state": tensors["param_state"]}
+
+    if len(optimizers) == 1:
+        return of(optimizers[0], plain)
+    return {number: of(optimizer, numbered[number]) for number, optimizer in enumerate(optimizers)}
+
+
+def _matching(group: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
+    """The saved group that ``group`` continues: cut over experts alike if there is one, else whole."""
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys as names
+
+    rest = [name for name in names if name != "is_expert_parallel"]
+    alike = [other for other in saved if all(other.get(name) == group.get(name) for name in rest)]
+    if not alike:
+        raise ValueError(f"the checkpoint has no optimizer settings for { {n: group.get(n) for n in names} }")
+    expert = group.get("is_expert_parallel")
+    best = next((other for other in alike if other.get("is_expert_parallel") == expert), alike[0])
+    return {**best, "is_expert_parallel": expert}
 
 
 def _initialize_adam(optimizer: torch.optim.Optimizer) -> None:

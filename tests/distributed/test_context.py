@@ -107,7 +107,7 @@ def attend_documents(q, k, v, ends):
 def test_core_attention(name, comm_type):
     shard, mine = shard_of(name)
     tokens, ends = shard.layout.tokens, shard.layout.cu_seqlens.tolist()
-    heads = 12  # a multiple of the three KV heads and of two or four ranks together
+    heads = 24  # a multiple of the three KV heads and of two, four or eight ranks together
 
     def of_all(inputs, _):
         return [attend_documents(*inputs, ends)]

@@ -175,11 +175,16 @@ def shared_directory() -> Iterator[str]:
             shutil.rmtree(path[0])
 
 
+def new_directory(path: str) -> None:
+    """Make a directory that all ranks can then write to."""
+    if dist.get_rank() == 0:
+        os.makedirs(path)
+    dist.barrier()
+
+
 def save(chunks: list[torch.nn.Module], directory: str) -> None:
     """Write the weights of a model, or of its chunks, as a distributed checkpoint."""
-    if dist.get_rank() == 0:
-        os.makedirs(directory)
-    dist.barrier()
+    new_directory(directory)
     dist_checkpointing.save(_sharded(chunks), directory)
 
 
