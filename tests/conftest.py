@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
+
 from cca_megatron.training.device import select_device
 
 if select_device() == "cpu":
@@ -14,3 +16,8 @@ if select_device() == "cpu":
 
 # Programs of the environment (ninja) are found as if it were activated.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+# The same examples in every run, so that a test passes or fails for its code alone; on a loaded machine an
+# example may take its time.
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("repeatable")

@@ -142,7 +142,16 @@ def forward_step(
 
 
 def loss_function(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the masked token losses, the number of tokens in it, and both for the log."""
+    """What Megatron's schedule divides, what it divides it by, and this rank's loss and tokens for the log.
+
+    Under context parallelism the ranks hold unequal numbers of tokens that count: prompts and padding do
+    not. Megatron averages the means of the ranks; here each rank divides by the tokens of all, so that a
+    loss and its gradient do not depend on the layout. (``--calculate-per-token-loss`` sums anyway.)
+
+    Args:
+        loss_mask: 1 where a token counts, this rank's tokens.
+        output: loss of each of them.
+    """
     args = get_args()
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output.view(-1).float() * mask)
@@ -164,6 +173,11 @@ def loss_function(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, di
                 result=loss, rejection_func=is_bad, message=message, tolerance=0.0, fatal=fatal
             )
     report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
+    group = mpu.get_context_parallel_group()
+    if group.size() > 1 and not args.calculate_per_token_loss:
+        num_tokens = num_tokens.clone()
+        torch.distributed.all_reduce(num_tokens, group=group)
+        loss = loss * group.size()  # gradients are averaged over these ranks, and are to be summed
     return loss, num_tokens, {"lm loss": report}
 
 

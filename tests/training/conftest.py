@@ -45,12 +45,12 @@ def environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def pretrain(processes: int, *arguments: str) -> str:
+def pretrain(processes: int, *arguments: str, model: list[str] = MODEL) -> str:
     """Train by torchrun; returns what it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={processes}", "--module", "cca_megatron.training.pretrain"]
     run = subprocess.run(
-        [*command, *MODEL, *arguments],
+        [*command, *model, *arguments],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -58,6 +58,32 @@ def pretrain(processes: int, *arguments: str) -> str:
     )
     assert run.returncode == 0, run.stdout[-6000:]
     return run.stdout
+
+
+class CommonStart:
+    """A checkpoint of a model, from which every layout can start, and the curve of one process from there.
+
+    Random initial values would depend on the layout.
+    """
+
+    def __init__(self, folder: Path, model: list[str]):
+        self._model = model
+        save = ["--train-iters", "1", "--save", f"{folder}/save", "--save-interval", "1", "--no-save-optim"]
+        pretrain(1, *save, *_padding([]), model=model)
+        self._load = ["--load", f"{folder}/save", "--finetune", "--no-load-optim", "--no-load-rng"]
+        self.curve = self.train(1, [], folder / "one")
+
+    def train(self, processes: int, arguments: list[str], folder: Path) -> dict[int, float]:
+        """Losses of a run in this layout."""
+        log = ["--tensorboard-dir", str(folder / "log")]
+        pretrain(processes, *self._load, *arguments, *_padding(arguments), *log, model=self._model)
+        return losses(folder / "log")
+
+
+def _padding(arguments: list[str]) -> list[str]:
+    """Megatron pads the vocabulary to a multiple of this times TP: the same model needs the same product."""
+    tensor_parallel = "--tensor-model-parallel-size" in arguments
+    return ["--make-vocab-size-divisible-by", "2" if tensor_parallel else "4"]
 
 
 def losses(tensorboard: Path) -> dict[int, float]:

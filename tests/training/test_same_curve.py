@@ -1,7 +1,9 @@
 """From one checkpoint, every layout and memory option trains the same curve."""
 
+import json
+
 import pytest
-from training.conftest import losses, pretrain
+from training.conftest import MODEL, CommonStart
 
 STEPS = 5
 RUN = f"--train-iters {STEPS} --micro-batch-size 2 --global-batch-size 4".split()
@@ -53,6 +55,12 @@ VARIANTS = {
         2,
         "--context-parallel-size 2 --micro-batch-size 1 --cp-comm-type all_gather",
     ),
+    "conversations, context": ("conversations", 2, "--context-parallel-size 2"),
+    "conversations, context, all-to-all": (
+        "conversations",
+        2,
+        "--context-parallel-size 2 --cp-comm-type a2a",
+    ),
     "experts, context": ("experts", 2, "--context-parallel-size 2 --expert-model-parallel-size 2"),
     "documents, pipeline": ("documents", 2, "--pipeline-model-parallel-size 2 --micro-batch-size 1"),
     "experts, all-to-all": (
@@ -72,43 +80,57 @@ MODELS = {
     "one group": ["--num-query-groups", "1", "--clip-grad", "0.1"],
     "documents": DOCUMENTS,
     "experts": EXPERTS,
+    "conversations": ["--sft"],
 }
 
 
-def padding(arguments: str) -> list[str]:
-    """Megatron pads the vocabulary to a multiple of this times TP: the same model needs the same product."""
-    return ["--make-vocab-size-divisible-by", "2" if "tensor" in arguments else "4"]
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory) -> list[str]:
+    """Chats whose lengths need no padding for two ranks, so that one rank packs the same tokens."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("chats")
+    words = {word: number for number, word in enumerate(["<unk>", "<pad>", *"0123456789 su"])}
+    characters = Tokenizer(models.BPE(words, [], unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, unk_token="<unk>", pad_token="<pad>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder / "tokenizer")
+    lines = []
+    for first in range(40):
+        messages = []
+        for n in range(first, first + 5):
+            messages.append({"role": "system", "content": str(n % 10)})
+            messages.append({"role": "user", "content": f"{n % 10:0{1 + 4 * (n % 3)}}"})
+        lines.append(json.dumps({"messages": messages}))
+    (folder / "chats.jsonl").write_text("\n".join(lines))
+    return [
+        *("--data-path", f"{folder}/chats.jsonl", "--tokenizer-type", "SFTTokenizer"),
+        *("--tokenizer-model", f"{folder}/tokenizer", "--sft-tokenizer-prompt-format", "default"),
+    ]
 
 
 @pytest.fixture(scope="module")
-def baselines(dataset, tmp_path_factory):
-    """For each model a checkpoint, and the losses of one process that starts from it."""
+def starts(dataset, conversations, tmp_path_factory):
+    """For each model where its runs start; made when first asked for."""
     made = {}
 
-    def baseline(model):
-        if model not in made:
-            folder = tmp_path_factory.mktemp(model)
-            common = [*RUN, *MODELS[model], "--data-path", dataset]
-            first = [*common, *padding(""), "--train-iters", "1", "--save", f"{folder}/save"]
-            pretrain(1, *first, "--save-interval", "1", "--no-save-optim")
-            start = [*common, "--load", f"{folder}/save", "--finetune", "--no-load-optim", "--no-load-rng"]
-            pretrain(1, *start, *padding(""), "--tensorboard-dir", f"{folder}/log")
-            made[model] = folder, start, losses(folder / "log")
-        return made[model]
+    def start(name):
+        if name not in made:
+            data = conversations if name == "conversations" else ["--data-path", dataset]
+            made[name] = CommonStart(tmp_path_factory.mktemp("start"), [*MODEL, *RUN, *MODELS[name], *data])
+        return made[name]
 
-    return baseline
+    return start
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", VARIANTS)
-def test_same_curve_as_one_process(name, baselines, tmp_path):
+def test_same_curve_as_one_process(name, starts, tmp_path):
     model, processes, arguments = VARIANTS[name]
-    _, start, expected = baselines(model)
-    pretrain(
-        processes, *start, *arguments.split(), *padding(arguments), "--tensorboard-dir", f"{tmp_path}/log"
-    )
-    got = losses(tmp_path / "log")
-    assert sorted(got) == sorted(expected) == list(range(1, STEPS + 1))
-    assert expected[STEPS] < expected[1]
-    for step, loss in expected.items():
+    start = starts(model)
+    got = start.train(processes, arguments.split(), tmp_path)
+    assert sorted(got) == sorted(start.curve) == list(range(1, STEPS + 1))
+    assert start.curve[STEPS] < start.curve[1]
+    for step, loss in start.curve.items():
         assert got[step] == pytest.approx(loss, rel=1e-5), f"iteration {step}"

@@ -2,29 +2,30 @@
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from cca_megatron.parallel.halo import plan_halo
 from cca_megatron.parallel.layout import ContextLayout
-
-
-def drawn(size, kind, seed):
-    """A layout of random documents: empty ones, of one token, shorter than a chunk, with padding."""
-    rng = np.random.default_rng(seed)
-    unit = 2 * size if kind == "zigzag_documents" else 1
-    lengths = rng.integers(0, 9, size=rng.integers(1, 8)) * unit
-    lengths[rng.integers(len(lengths))] += unit
-    ends = np.cumsum([0, *lengths])
-    tokens = -(-int(ends[-1] + rng.integers(0, 2 * size)) // (2 * size)) * 2 * size
-    return getattr(ContextLayout, kind)(tokens, size, ends)
-
 
 KINDS = ["zigzag", "zigzag_documents", "contiguous"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-@pytest.mark.parametrize("seed", range(8))
-def test_pieces_say_where_every_token_is(size, kind, seed):
-    layout = drawn(size, kind, seed)
+@st.composite
+def layouts(draw, kinds=KINDS, sizes=(1, 2, 3, 4)):
+    """Documents of any lengths: empty ones, of one token, shorter than a chunk, padding after the last."""
+    size, kind = draw(st.sampled_from(sizes)), draw(st.sampled_from(kinds))
+    unit = 2 * size if kind == "zigzag_documents" else 1
+    lengths = draw(st.lists(st.integers(0, 9), min_size=1, max_size=8))
+    ends = np.cumsum([0, *lengths]) * unit
+    tokens = max(int(ends[-1]), 1) + draw(st.integers(0, 4 * size))
+    return getattr(ContextLayout, kind)(-(-tokens // (2 * size)) * 2 * size, size, ends)
+
+
+@given(layouts())
+def test_pieces_say_where_every_token_is(layout):
+    size = layout.size
     held = [layout.token_indices(rank) for rank in range(size)]
     assert all(len(tokens) == layout.tokens // size for tokens in held)
     assert sorted(np.concatenate(held)) == list(range(layout.tokens))
@@ -44,13 +45,10 @@ def test_pieces_say_where_every_token_is(size, kind, seed):
         assert (tokens[filled:] >= layout.cu_seqlens[-1]).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("seed", range(8))
-def test_blocks_are_causal_attention_within_documents(size, kind, seed):
-    layout = drawn(size, kind, seed)
+@given(layouts())
+def test_blocks_are_causal_attention_within_documents(layout):
     allowed = np.zeros((layout.tokens, layout.tokens), int)
-    held = [layout.token_indices(rank) for rank in range(size)]
+    held = [layout.token_indices(rank) for rank in range(layout.size)]
     for rank, queries in enumerate(held):
         for source, keys in enumerate(held):
             for block in layout.blocks(rank, source):
@@ -61,6 +59,32 @@ def test_blocks_are_causal_attention_within_documents(size, kind, seed):
     is_token = np.arange(layout.tokens) < layout.cu_seqlens[-1]
     same = (document[:, None] == document) & is_token[:, None] & is_token
     assert (allowed == np.tril(same)).all()
+
+
+@given(layouts(), st.integers(0, 6))
+def test_every_row_before_an_edge_comes_from_where_it_is(layout, rows):
+    """The plans of all ranks together, without a network: each delivers the rows it promises."""
+    plans = [plan_halo(layout, rank, rows, torch.device("cpu")) for rank in range(layout.size)]
+    held = [layout.token_indices(rank) for rank in range(layout.size)]
+    for rank, plan in enumerate(plans):
+        assert plan.send_counts[rank] == plan.receive_counts[rank]
+        came = []
+        for sender, other in enumerate(plans):
+            assert other.send_counts[rank] == plan.receive_counts[sender]
+            start = sum(other.send_counts[:rank])
+            came += held[sender][other.send[start : start + other.send_counts[rank]].numpy()].tolist()
+        before = np.full((plan.edges * rows), -1)
+        before[plan.slots.numpy()] = came
+        pieces = layout.of_rank(rank)
+        edges = pieces.select(pieces.position > 0)
+        back = np.arange(rows, 0, -1)
+        exists = edges.position[:, None] >= back
+        expected = np.where(exists, edges.start[:, None] - back, -1)
+        assert (before.reshape(-1, rows) == expected).all() if rows else not came
+        lengths = np.minimum(edges.length, rows)
+        assert plan.edge_cu_seqlens.tolist() == np.cumsum([0, *lengths]).tolist()
+        tokens = [start + np.arange(n) for start, n in zip(edges.start, lengths, strict=True)]
+        assert held[rank][plan.edge_tokens.numpy()].tolist() == np.concatenate([[], *tokens]).tolist()
 
 
 def test_zigzag_gives_every_rank_the_same_work():
