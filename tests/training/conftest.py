@@ -82,8 +82,9 @@ class CommonStart:
 
 def _padding(arguments: list[str]) -> list[str]:
     """Megatron pads the vocabulary to a multiple of this times TP: the same model needs the same product."""
-    tensor_parallel = "--tensor-model-parallel-size" in arguments
-    return ["--make-vocab-size-divisible-by", "2" if tensor_parallel else "4"]
+    option = "--tensor-model-parallel-size"
+    size = int(arguments[arguments.index(option) + 1]) if option in arguments else 1
+    return ["--make-vocab-size-divisible-by", str(4 // size)]
 
 
 def losses(tensorboard: Path) -> dict[int, float]:
