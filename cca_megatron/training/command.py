@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import importlib.util
 import io
-import os
 import shlex
 import sys
 import traceback
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 
 from cca_megatron.config import CCAConfig, unknown_name
 from cca_megatron.data.prepare import dataset_files
-from cca_megatron.training.device import Device
+from cca_megatron.training.device import Device, choose_connections
 from cca_megatron.training.recipe import Recipe, RecipeError
 
 MODULE = "cca_megatron.training.pretrain"
@@ -226,7 +225,7 @@ def _validate(recipe: Recipe, args: Namespace) -> None:
     from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import validate_args
 
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    choose_connections(args.use_megatron_fsdp or args.use_torch_fsdp2)
     with _megatron_refusals(recipe):
         validate_args(args)
         core_transformer_config_from_args(args)

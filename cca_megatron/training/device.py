@@ -33,3 +33,13 @@ def describe(device: Device) -> str:
         return "device: cuda (NCCL)"
     reason = "CCA_DEVICE=cpu" if os.environ.get("CCA_DEVICE") else "no GPU found"
     return f"device: cpu ({reason}): Megatron's training loop runs on the CPU backend with gloo"
+
+
+def choose_connections(uses_fsdp: bool) -> None:
+    """Set ``CUDA_DEVICE_MAX_CONNECTIONS`` as Megatron asks for it, unless the user has.
+
+    Before Blackwell it is 1 with tensor or context parallelism, so that communication starts in the order
+    of the calls; fully sharded data parallelism must not have 1.
+    """
+    if not uses_fsdp:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

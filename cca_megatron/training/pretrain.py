@@ -7,6 +7,7 @@ command line; ``--print-args`` shows it.
 """
 
 import os
+import sys
 import time
 
 PROGRAM_START = time.time()
@@ -14,13 +15,12 @@ PROGRAM_START = time.time()
 
 def main() -> None:
     """Parse the arguments and train."""
-    from cca_megatron.training.device import describe, select_device
+    from cca_megatron.training.device import choose_connections, describe, select_device
 
     device = select_device()
     if os.environ.get("RANK", "0") == "0":
         print(describe(device), flush=True)
-    # Megatron asks for it with tensor or context parallelism before Blackwell; a user's value wins.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    choose_connections(bool({"--use-megatron-fsdp", "--use-torch-fsdp2"}.intersection(sys.argv)))
     if device == "cpu":
         from cca_megatron.training import cpu_backend
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from training.conftest import MODEL, CommonStart
+from training.conftest import MODEL, CommonStart, losses, pretrain
 
 STEPS = 5
 RUN = f"--train-iters {STEPS} --micro-batch-size 2 --global-batch-size 4".split()
@@ -134,3 +134,17 @@ def test_same_curve_as_one_process(name, starts, tmp_path):
     assert start.curve[STEPS] < start.curve[1]
     for step, loss in start.curve.items():
         assert got[step] == pytest.approx(loss, rel=1e-5), f"iteration {step}"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["optim_grads", "optim_grads_params"])
+def test_megatron_fsdp(strategy, dataset, tmp_path):
+    """From the same seed. Gradients are summed: their mean over ranks is a reduction that gloo lacks."""
+    common = [*RUN, "--data-path", dataset, "--calculate-per-token-loss"]
+    pretrain(2, *common, "--tensorboard-dir", f"{tmp_path}/plain")
+    fsdp = ["--use-megatron-fsdp", "--data-parallel-sharding-strategy", strategy]
+    fsdp += ["--use-distributed-optimizer", "--ckpt-format", "fsdp_dtensor"]
+    pretrain(2, *common, *fsdp, "--tensorboard-dir", f"{tmp_path}/sharded")
+    expected, got = losses(tmp_path / "plain"), losses(tmp_path / "sharded")
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert expected[STEPS] < expected[1]
