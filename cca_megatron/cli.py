@@ -4,6 +4,7 @@ Imports are inside the commands, so that ``--help`` answers at once.
 """
 
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -31,11 +32,14 @@ def main() -> None:
     """Entry point of the ``cca-megatron`` command."""
     # Megatron warns of every optional package that is absent; `doctor` says what each means.
     warnings.simplefilter("ignore")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # in worker processes too
     logging.disable(logging.WARNING)
     app()
 
 
 def _fail(message: object) -> NoReturn:
+    if isinstance(message, OSError) and message.filename is not None:
+        message = f"{message.strerror}: {Path(message.filename).resolve()}"
     Console(stderr=True, highlight=False).print(f"error: {message}", markup=False, soft_wrap=True)
     raise typer.Exit(1)
 
@@ -72,8 +76,9 @@ def train(
             print(command.text())
             return
         session.check_machine(command.recipe, device)
-        session.train(command, device, console)
-    except (RecipeError, DataError, TrainingError, ValueError) as error:
+        if not session.train(command, device, console):
+            raise typer.Exit(130)
+    except (RecipeError, DataError, TrainingError, ValueError, OSError) as error:
         _fail(error)
 
 
@@ -108,8 +113,10 @@ def data_prepare(
     """
     from cca_megatron.data.sources import DataError
     from cca_megatron.training import session
+    from cca_megatron.training.recipe import RecipeError
 
     try:
+        session.load_megatron("cpu")
         session.prepare_data(
             console,
             inputs,
@@ -120,7 +127,10 @@ def data_prepare(
             overwrite=overwrite,
             workers=workers,
         )
-    except DataError as error:
+    except KeyboardInterrupt:
+        console.print("stopped; nothing was written")
+        raise typer.Exit(130) from None
+    except (RecipeError, DataError, OSError) as error:
         _fail(error)
 
 

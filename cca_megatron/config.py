@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
-from cca_megatron.context_rules import context_problems
+from cca_megatron.attention_rules import core_attention_problems
 
 TemperatureForm = Literal["linear", "exp"]
 PackedZigzag = Literal["document", "stream"]
@@ -123,6 +123,8 @@ def preset(name: str, hidden_size: int = 2048, head_dim: int = 128) -> tuple[dic
         raise ValueError(unknown_name("preset", name, list(_PRESETS)))
     compression = _PRESETS[name]
     unit = compression.keys * head_dim
+    if type(hidden_size) is not int or type(head_dim) is not int:
+        raise ValueError(f"hidden_size={hidden_size!r} with head_dim={head_dim!r}: must be whole numbers")
     if hidden_size < 1 or head_dim < 1 or hidden_size % unit:
         works = max(1, round(hidden_size / max(unit, 1))) * max(unit, 1)
         raise ValueError(
@@ -147,10 +149,12 @@ def config_problems(config: Any, cca: CCAConfig) -> list[str]:
     Returns:
         One message per problem: setting, value, rule, and a value that works. Empty if all is well.
     """
+    if not isinstance(cca, CCAConfig):
+        return [f"cca={cca!r}: must be a CCAConfig; CCAConfig.from_mapping makes one of a mapping"]
     heads = _head_problems(config, cca)
     # Rules about heads per rank make sense once there are whole heads.
-    context = [] if heads else context_problems(config, cca.packed_zigzag)
-    return [*_own_problems(cca), *heads, *_conflicts(config), *context]
+    attention = [] if heads else core_attention_problems(config, cca.packed_zigzag)
+    return [*own_problems(cca), *heads, *_conflicts(config), *attention]
 
 
 def check_config(config: Any, cca: CCAConfig) -> None:
@@ -160,7 +164,8 @@ def check_config(config: Any, cca: CCAConfig) -> None:
         raise ValueError("CCA cannot run with these settings:\n  - " + "\n  - ".join(problems))
 
 
-def _own_problems(cca: CCAConfig) -> list[str]:
+def own_problems(cca: CCAConfig) -> list[str]:
+    """What is wrong with the CCA settings by themselves: one message per problem."""
     problems = []
     sizes = cca.conv_kernel_sizes
     if not isinstance(sizes, tuple) or len(sizes) != 2:

@@ -1,12 +1,14 @@
 """Text to Megatron's ``.bin/.idx``: in parallel, with a progress bar, and whole or not at all."""
 
+import contextlib
 import glob
 import json
 import multiprocessing
 import os
+import signal
 import socket
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -36,6 +38,8 @@ class Manifest:
     """UTF-8 bytes of the documents."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Documents left out, by reason."""
+    text_key: str = "text"
+    """Field of a JSON line, or column, that held the text."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ def prepare(
         DataError: nothing to read, input that does not exist or (strict) cannot be used, a tokenizer
             that cannot be loaded, or a dataset that is already there.
     """
+    if not str(prefix) or str(prefix).endswith(("/", os.sep)):
+        raise DataError(f"prefix {str(prefix)!r}: must end in a name, for PREFIX.bin; data/corpus works")
     data, index, manifest_file = dataset_files(prefix)
     if index.exists() and not overwrite:
         raise DataError(f"{index.resolve()} exists already; --overwrite replaces it")
@@ -104,9 +110,10 @@ def prepare(
     total, done = sum(unit.size for unit in units), 0
     documents = tokens = text_bytes = 0
     skipped: Counter[str] = Counter()
+    encoded_units = _encode_all(units, tokenizer, encoder, text_key, workers)
     try:
         builder = IndexedDatasetBuilder(str(part_data), DType.optimal_dtype(encoder.vocab_size))
-        for unit, encoded in _encode_all(units, tokenizer, encoder, text_key, workers):
+        for unit, encoded in encoded_units:
             if strict and encoded.skipped:
                 first = encoded.skipped[0]
                 raise DataError(f"{first.where} is {first.reason}; without --strict it is skipped")
@@ -120,7 +127,7 @@ def prepare(
         if not documents:
             raise DataError(f"no text in {', '.join(inputs)} ({dict(skipped) or 'no files'})")
         builder.finalize(str(part_index))
-        manifest = Manifest(tokenizer, inputs, documents, tokens, text_bytes, dict(skipped))
+        manifest = Manifest(tokenizer, inputs, documents, tokens, text_bytes, dict(skipped), text_key)
         part_manifest.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
         # The index goes away first and comes last: at no moment does it belong to other data.
         index.unlink(missing_ok=True)
@@ -128,6 +135,7 @@ def prepare(
         os.replace(part_manifest, manifest_file)
         os.replace(part_index, index)
     finally:
+        encoded_units.close()  # stops the workers
         for leftover in (part_data, part_index, part_manifest):
             leftover.unlink(missing_ok=True)
     return manifest
@@ -142,33 +150,50 @@ def _append(builder: Any, encoded: _Encoded) -> None:
 
 def _encode_all(
     units: list[Unit], tokenizer: str, encoder: Encoder, text_key: str, workers: int | None
-) -> Iterator[tuple[Unit, _Encoded]]:
+) -> Generator[tuple[Unit, _Encoded]]:
     """Units with their tokens, in order; several workers are a pool that runs a little ahead."""
     count = min(workers or os.cpu_count() or 1, max(len(units), 1))
     if count == 1:
         yield from ((unit, _encode(unit, encoder, text_key)) for unit in units)
         return
-    with ProcessPoolExecutor(
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
         count,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
         initargs=(tokenizer, text_key),
-    ) as pool:
-        ahead: deque[tuple[Unit, Future[_Encoded]]] = deque()
-        try:
-            for unit in units:
+    )
+    ahead: deque[tuple[Unit, Future[_Encoded]]] = deque()
+    try:
+        for unit in units:
+            with _interrupts_held():  # workers are started here; this process stops them
                 ahead.append((unit, pool.submit(_encode_in_worker, unit)))
-                if len(ahead) > 4 * count:
-                    first, future = ahead.popleft()
-                    yield first, future.result()
-            for unit, future in ahead:
-                yield unit, future.result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                f"a worker process died, perhaps for lack of memory; fewer than {count} --workers may do"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+            if len(ahead) > 4 * count:
+                first, future = ahead.popleft()
+                yield first, future.result()
+        for unit, future in ahead:
+            yield unit, future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"a worker process died, perhaps for lack of memory; fewer than {count} --workers may do"
+        ) from error
+    except BaseException:
+        # Nobody waits for what the workers have in hand.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C in a terminal reaches every process; processes started here do not hear it, we hear it after."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 _worker: tuple[Encoder, str]

@@ -20,8 +20,8 @@ from cca_megatron._compat import (
     is_layer_window_attention,
     tensor_parallel,
 )
+from cca_megatron.attention_rules import local_attention_problems
 from cca_megatron.config import PackedZigzag
-from cca_megatron.context_rules import context_problems
 from cca_megatron.parallel.context import context_shard, host_document_starts
 from cca_megatron.parallel.context_attention import context_attention
 from cca_megatron.parallel.head_exchange import attend_by_heads
@@ -50,13 +50,7 @@ class LocalCoreAttention(MegatronModule):
         packed_zigzag: PackedZigzag = "document",
     ):
         super().__init__(config=config)
-        for name in ("qk_clip", "log_max_attention_logit"):
-            if getattr(config, name, False):
-                raise ValueError(
-                    f"{name}=True: the local core attention records no logits; {name}=False works, or "
-                    "transformer_impl='transformer_engine'"
-                )
-        problems = context_problems(config, "stream")
+        problems = local_attention_problems(config)
         if problems:
             raise ValueError("; ".join(problems))
         self.packed_zigzag = packed_zigzag
@@ -64,11 +58,6 @@ class LocalCoreAttention(MegatronModule):
             raise ValueError(
                 f"attention_type={attention_type!r} with attn_mask_type={attn_mask_type}: the local "
                 "core attention is causal self-attention; 'self' with AttnMaskType.causal works"
-            )
-        if config.softmax_type != "vanilla":
-            raise ValueError(
-                f"softmax_type={config.softmax_type!r}: the local core attention has 'vanilla' only; "
-                "transformer_impl='transformer_engine' has the others"
             )
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from cca_megatron._compat import tensor_parallel
-from cca_megatron.context_rules import exchanged_kv_heads
+from cca_megatron.attention_rules import exchanged_kv_heads
 from cca_megatron.parallel.context import ContextShard
 
 

@@ -12,8 +12,8 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cca_megatron.attention_rules import exchanged_kv_heads
 from cca_megatron.config import PRESET_HEAD_DIM, PRESET_HIDDEN_SIZE, preset, preset_names
-from cca_megatron.context_rules import exchanged_kv_heads
 
 
 @dataclass(frozen=True)

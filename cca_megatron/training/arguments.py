@@ -1,6 +1,5 @@
 """Arguments of our entry: Megatron's own, the CCA settings, and defaults that fit the machine."""
 
-import argparse
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import Field, fields, replace
@@ -9,7 +8,7 @@ from typing import Any
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from cca_megatron._compat import HAVE_TE
-from cca_megatron.config import CCAConfig, config_problems
+from cca_megatron.config import CCAConfig
 from cca_megatron.training.device import Device
 
 _PREFIX = "cca_"
@@ -85,73 +84,3 @@ def cca_config_from_args(args: Namespace) -> CCAConfig:
 def is_packed(args: Namespace) -> bool:
     """Whether samples are several documents that must not see each other."""
     return bool(args.dataloader_inter_document_masking or args.sft)
-
-
-def argument_problems(args: Namespace) -> list[str]:
-    """What keeps these parsed arguments from training CCA: one message each, empty if nothing does."""
-    problems = []
-    if not args.group_query_attention and args.num_query_groups != 1:
-        problems.append(
-            f"num_query_groups={args.num_query_groups}: Megatron ignores it without "
-            "--group-query-attention; add that flag"
-        )
-    settings = argparse.Namespace(**vars(args))
-    if not args.group_query_attention:
-        settings.num_query_groups = None
-    problems += config_problems(settings, cca_config_from_args(args))
-    problems += [message for condition, message in _entry_rules(args) if condition]
-    return problems
-
-
-def _entry_rules(args: Namespace) -> list[tuple[bool, str]]:
-    cp, length = args.context_parallel_size, args.seq_length
-    return [
-        (
-            args.spec is not None,
-            f"spec={args.spec}: this entry builds CCA by itself; drop --spec, or pass it to Megatron's "
-            "own pretrain_gpt.py",
-        ),
-        (
-            args.fim_data,
-            "fim_data: this entry reads text or conversations; use Megatron's own pretrain_gpt.py "
-            "with --spec cca_megatron.specs cca_decoder_block_spec",
-        ),
-        (
-            args.sft and args.dataloader_inter_document_masking,
-            "sft with dataloader_inter_document_masking: conversations are kept apart already; drop the "
-            "latter",
-        ),
-        (
-            args.reset_attention_mask or args.reset_position_ids,
-            "reset_attention_mask, reset_position_ids: Megatron carries them in a mask that causal "
-            "attention ignores; --dataloader-inter-document-masking keeps documents apart",
-        ),
-        (
-            not 0 <= _warmup(args) < _decay(args),
-            f"learning-rate warm-up of {_warmup(args):g} and decay over {_decay(args):g}: the warm-up must "
-            "end before the decay does; lr-warmup-fraction=0.05 works for any length",
-        ),
-        (
-            is_packed(args) and args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1,
-            f"micro_batch_size={args.micro_batch_size} with packed documents: Megatron's pipeline sends "
-            "packed micro-batches in the wrong shape; micro_batch_size=1 works",
-        ),
-        (
-            bool(cp > 1 and length and length % (2 * cp)),
-            f"seq_length={length} with context_parallel_size={cp}: every sequence is cut in {2 * cp} chunks; "
-            f"seq_length={-(-(length or 0) // (2 * cp)) * 2 * cp} works",
-        ),
-    ]
-
-
-def _decay(args: Namespace) -> float:
-    """Length of the learning-rate schedule, in iterations or samples."""
-    if args.train_samples is not None:
-        return args.lr_decay_samples or args.train_samples
-    return args.lr_decay_iters or args.train_iters or float("inf")
-
-
-def _warmup(args: Namespace) -> float:
-    if args.lr_warmup_fraction is not None:
-        return args.lr_warmup_fraction * _decay(args)
-    return args.lr_warmup_samples if args.train_samples is not None else args.lr_warmup_iters

@@ -63,7 +63,7 @@ def checkpoint_problems(args: Namespace) -> list[str]:
         return []
     problems = []
     for name in (*_MODEL_SETTINGS, *_CCA_SETTINGS):
-        ours, theirs = getattr(args, name, None), getattr(saved, name, None)
+        ours, theirs = (_as_list(getattr(given, name, None)) for given in (args, saved))
         is_comparable = name in _OPTIONAL_PARTS or None not in (ours, theirs)
         if is_comparable and ours != theirs:
             problems.append(
@@ -71,6 +71,11 @@ def checkpoint_problems(args: Namespace) -> list[str]:
                 f"{iteration}) has {theirs!r}; set it to that, or train into another output folder"
             )
     return problems
+
+
+def _as_list(value: Any) -> Any:
+    """Arguments that hold several values are tuples by default and lists when given."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _saved_arguments(directory: str | Path, iteration: int) -> Any:

@@ -4,21 +4,26 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import os
 import shlex
+import shutil
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cca_megatron.config import CCAConfig, unknown_name
+from cca_megatron.config import CCAConfig, own_problems, unknown_name
 from cca_megatron.data.prepare import dataset_files
 from cca_megatron.training.device import Device, choose_connections
 from cca_megatron.training.recipe import Recipe, RecipeError
 
 MODULE = "cca_megatron.training.pretrain"
+_MEGATRON_REFUSALS = (
+    AssertionError, ArithmeticError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,18 +50,31 @@ class Command:
         ]
 
     def text(self) -> str:
-        """The equivalent command to type, one option a line."""
-        launch = self.recipe.launch
-        head = ["torchrun", f"--nproc-per-node={launch.gpus_per_node}"]
+        """The equivalent command to type, one option a line; what must come first stands before it."""
+        launch, data = self.recipe.launch, self.recipe.data
+        head = [program("torchrun"), f"--nproc-per-node={launch.gpus_per_node}"]
         if launch.nodes > 1:
             head += [f"--nnodes={launch.nodes}", "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:PORT"]
         lines = [" ".join([*head, "-m", MODULE])]
         for token in self.argv:
             if token.startswith("--"):
-                lines.append("    " + token)
+                name, equals, value = token.partition("=")
+                lines.append(f"    {name}{equals}{shlex.quote(value) if equals else ''}")
             else:
                 lines[-1] += " " + shlex.quote(token)
-        return " \\\n".join(lines)
+        first = ""
+        if data.prefix is not None and data.inputs and not dataset_files(data.prefix)[1].exists():
+            prepare = [program("cca-megatron"), "data", "prepare", *data.inputs, "--output", data.prefix]
+            prepare += ["--tokenizer", data.tokenizer, "--text-key", data.text_key]
+            first = f"# first, as the dataset is not there yet: {shlex.join(prepare)}\n"
+        return first + " \\\n".join(lines)
+
+
+def program(name: str) -> str:
+    """How to start a program of this environment from here, whether or not the environment is activated."""
+    if shutil.which(name):
+        return name
+    return os.path.relpath(Path(sys.executable).parent / name)
 
 
 class _Parser(ArgumentParser):
@@ -75,9 +93,12 @@ def build_command(recipe: Recipe, device: Device) -> Command:
     Raises:
         RecipeError: one message with everything that was found wrong.
     """
-    from cca_megatron.training.arguments import argument_problems
+    from cca_megatron.training.argument_rules import argument_problems
     from cca_megatron.training.checkpoint import checkpoint_problems
 
+    _refuse(recipe, [f"cca.{problem}" for problem in own_problems(recipe.cca)])
+    if recipe.output is not None and recipe.output.exists() and not recipe.output.is_dir():
+        raise RecipeError(f"output={recipe.output}: is a file; choose a folder")
     parser = _parser(device)
     argv = _argv(recipe, parser, device)
     args = parser.parse_args(argv)
@@ -178,14 +199,22 @@ def _tokens(recipe: Recipe, option: str, action: argparse.Action, value: Any, de
         # Where Megatron takes one value that is a list, it reads Python: moe-layer-freq, window-size.
         is_tuple = getattr(action.type, "__name__", "") == "tuple_type"
         return [option, repr(tuple(value) if is_tuple else value).replace(" ", "")]
-    return [option, *(str(item) for item in values)]
+    return _option(option, values)
+
+
+def _option(name: str, values: Iterable[Any]) -> list[str]:
+    """An option and its values; one that begins with a minus would be taken for an option of its own."""
+    words = [str(value) for value in values]
+    if len(words) == 1 and words[0].startswith("-"):
+        return [f"{name}={words[0]}"]
+    return [name, *words]
 
 
 def _by_destination(recipe: Recipe, name: str, action: argparse.Action, value: Any) -> list[str]:
     """A setting named as the attribute that a flag turns off: ``add_bias_linear: false``."""
     if not isinstance(action, argparse._StoreTrueAction | argparse._StoreFalseAction):
         option = action.option_strings[-1]
-        return [] if value is None else [option, str(value)]
+        return [] if value is None else _option(option, [value])
     if not isinstance(value, bool):
         raise RecipeError(f"{recipe.path}: {name}={value!r}: must be true or false")
     return [action.option_strings[0]] if value == action.const else []
@@ -202,7 +231,7 @@ def _cca_argv(cca: CCAConfig) -> list[str]:
             argv.append(f"--cca-{option}" if value else f"--no-cca-{option}")
         else:
             values = value if isinstance(value, tuple) else (value,)
-            argv += [f"--cca-{option}", *(str(item) for item in values)]
+            argv += _option(f"--cca-{option}", values)
     return argv
 
 
@@ -237,7 +266,15 @@ def _megatron_refusals(recipe: Recipe) -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
-    except (AssertionError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+    except (
+        AssertionError,
+        ArithmeticError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        ImportError,
+    ) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = str(error) or f"the rule `{frame.line}` does not hold"
         raise RecipeError(

@@ -8,6 +8,7 @@ Collectives go through gloo. It is a way to develop and to test, not to be fast.
 
 import contextlib
 import functools
+import logging
 import os
 import types
 from collections import defaultdict
@@ -177,6 +178,10 @@ def _patch_megatron() -> None:
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+    # Its tracker watches the CPU's generator while it uses the GPU's, which are the same here.
+    about_random = logging.getLogger(random.__name__)
+    about_random.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
     def splits_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         # Megatron's own turns split sizes into numpy only when they sit on a GPU.

@@ -1,20 +1,33 @@
 """Start torchrun on this machine, follow it, and pass a wish to stop on to Megatron."""
 
 import os
+import re
 import signal
 import subprocess
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
 from cca_megatron.training.command import Command
 from cca_megatron.training.device import Device
 
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TAIL = 400
 """Lines kept to explain a failure."""
+
+
+_TRAINING_BEGINS = "[before the start of training step]"
+"""In Megatron's log; from here on its workers answer a signal with a checkpoint."""
+_EMPTY_EXCEPTIONS = ("CheckpointException", "ChildFailedError")
+"""Exceptions around the one that matters."""
+
+_TRACEBACK = re.compile(r"((?:\[rank\d+\]: )?)Traceback \(most recent call last\):(?: \(RANK \d+\))?")
+
+Outcome = Literal["finished", "saved", "stopped"]
 
 
 class TrainingError(Exception):
@@ -27,11 +40,11 @@ def run(
     log: Path | None,
     on_line: Callable[[str], None],
     say: Callable[[str], None],
-) -> bool:
-    """Train, handing on every line of output; True if the run was stopped by Ctrl-C or SIGTERM.
+) -> Outcome:
+    """Train, handing on every line of output.
 
-    On the first Ctrl-C or SIGTERM the workers are asked to save and exit (Megatron's
-    ``--exit-signal-handler``), on the second everything is stopped at once.
+    On the first Ctrl-C, SIGTERM or SIGHUP the workers are asked to save and exit (Megatron's
+    ``--exit-signal-handler``), if they train already; on the second everything is stopped at once.
 
     Args:
         command: what to run.
@@ -39,6 +52,9 @@ def run(
         log: file that gets all lines too; None keeps no log.
         on_line: called for each line, without its end.
         say: called with what the user should read at once.
+
+    Returns:
+        Whether it went to its end, or was stopped after saving a checkpoint, or without.
 
     Raises:
         TrainingError: the processes failed.
@@ -58,7 +74,7 @@ def run(
     )
     saves = bool(command.args.exit_signal_handler and command.args.save)
     stopper = _Stopper(process, say, saves)
-    previous = {s: signal.signal(s, stopper.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous = {s: signal.signal(s, stopper.handle) for s in _STOP_SIGNALS}
     try:
         assert process.stdout is not None
         with open(log or os.devnull, "a") as file:
@@ -66,6 +82,7 @@ def run(
                 file.write(line)
                 file.flush()
                 tail.append(line.rstrip("\n"))
+                stopper.trains |= _TRAINING_BEGINS in line
                 on_line(tail[-1])
         status = process.wait()
     finally:
@@ -73,11 +90,15 @@ def run(
             signal.signal(signum, handler)
         if process.poll() is None:
             stopper.kill()
+    if stopper.killed:
+        return "stopped"
     if status and not stopper.stopped:
         raise TrainingError(explain(list(tail), status))
-    if status and saves and not stopper.killed:
+    if status and saves:
         raise TrainingError(f"stopped without saving a checkpoint: {explain(list(tail), status)}")
-    return stopper.stopped
+    if not stopper.stopped:
+        return "finished"
+    return "saved" if saves else "stopped"
 
 
 def _environment(command: Command, device: Device) -> dict[str, str]:
@@ -95,13 +116,17 @@ class _Stopper:
         self._process = process
         self._say = say
         self._saves = saves
-        self.stopped = self.killed = False
+        self.trains = self.stopped = self.killed = False
 
     def handle(self, signum: int, frame: object) -> None:
         if self.stopped:
             self.kill()
             return
         self.stopped = True
+        if not self.trains:
+            self._say("stopping: training has not begun, so there is nothing to save")
+            self.kill()
+            return
         what = "a checkpoint is saved after this step" if self._saves else "no checkpoint is saved"
         self._say(f"stopping: {what}; once more stops at once")
         # torchrun would give its workers 30 seconds, so they are asked directly. Their own children are
@@ -125,15 +150,30 @@ class _Stopper:
 
 
 def explain(lines: list[str], status: int) -> str:
-    """The essence of a failed run's output: the first exception that a worker died of."""
+    """The essence of a failed run's output: the first exception that says something."""
+    found = list(_exceptions(lines))
+    for text in found:
+        if not text.split(":")[0].rpartition(".")[2].startswith(_EMPTY_EXCEPTIONS):
+            return text
+    for line in lines:
+        if match := re.search(r"(Signal \d+ \(\w+\)) received", line):  # torchrun on a worker that crashed
+            return f"a worker died of {match[1]}"
+    if found:
+        return found[0]
+    return lines[-1] if lines else f"torchrun ended with status {status} and without output"
+
+
+def _exceptions(lines: list[str]) -> Iterator[str]:
+    """The last line of each traceback."""
     for number, line in enumerate(lines):
-        if not line.endswith("Traceback (most recent call last):"):
+        begin = _TRACEBACK.fullmatch(line)
+        if begin is None:
             continue
-        prefix = line.partition("Traceback")[0]  # "[rank0]: " on some lines
+        prefix = begin[1]
         body = [other.removeprefix(prefix) for other in lines[number + 1 :]]
         for index, text in enumerate(body):
             if text and not text[0].isspace():
                 source = [b.strip() for b in body[:index] if b.strip(" ~^")]
                 # A bare assertion says nothing; the line of code that failed does.
-                return text if ":" in text or not source else f"{text}: {source[-1]}"
-    return lines[-1] if lines else f"torchrun ended with status {status} and without output"
+                yield text if ":" in text or not source else f"{text}: {source[-1]}"
+                break

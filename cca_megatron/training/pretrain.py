@@ -32,7 +32,8 @@ def main() -> None:
     from megatron.training.arguments import parse_and_validate_args, parse_args
 
     from cca_megatron.training import megatron_fixes
-    from cca_megatron.training.arguments import add_arguments, argument_problems
+    from cca_megatron.training.argument_rules import argument_problems
+    from cca_megatron.training.arguments import add_arguments
     from cca_megatron.training.batch import build_datasets, forward_step
     from cca_megatron.training.checkpoint import checkpoint_problems
     from cca_megatron.training.model import model_config_from_args

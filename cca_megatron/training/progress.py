@@ -79,6 +79,10 @@ class LiveBar:
         """Print a line above the bar."""
         self._progress.console.print(text, markup=False, highlight=False)
 
+    def finish(self) -> None:
+        """Fill the bar: the last lines of a run may not have been logged."""
+        self._progress.update(self._task, completed=self._progress.tasks[0].total)
+
     def feed(self, line: str) -> None:
         """Advance by one line of the log."""
         event = parse(line)

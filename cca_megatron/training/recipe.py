@@ -21,6 +21,21 @@ SECTIONS = ("model", "cca", "megatron", "data", "output", "launch")
 _DEFAULT_SAVE_INTERVAL = 1000
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, refusing a key that stands twice in one mapping."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    repeated = [key for key in keys if keys.count(key) > 1]
+    if repeated:
+        raise yaml.YAMLError(f"{repeated[0]} is set twice, line {node.start_mark.line + 1} and after")
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
 class RecipeError(Exception):
     """A recipe that cannot run; the message names the setting and what would work."""
 
@@ -57,6 +72,8 @@ class Recipe:
     data: DataSection
     launch: LaunchSection
     output: Path | None
+    overrides: tuple[str, ...] = ()
+    """What the user set on the command line."""
 
     @property
     def checkpoints(self) -> Path | None:
@@ -77,16 +94,19 @@ class Recipe:
         """Megatron's arguments with those that follow from data and output; explicit ones win."""
         implied: dict[str, Any] = {}
         if self.data.prefix is not None:
-            implied = {"data-path": self.data.prefix, **megatron_arguments(self.data.tokenizer)}
+            implied = megatron_arguments(self.data.tokenizer)
+            if not self.arguments.get("mock-data"):
+                implied["data-path"] = self.data.prefix
         if self.output is not None:
             implied |= {
                 "save": str(self.checkpoints),
                 "load": str(self.checkpoints),
                 "save-interval": _DEFAULT_SAVE_INTERVAL,
                 "exit-signal-handler": True,
+                "override-opt-param-scheduler": True,  # going on with more iterations is no mistake
                 "tensorboard-dir": str(self.tensorboard),
             }
-        if "num-query-groups" in self.arguments:
+        if self.arguments.get("num-query-groups") is not None:
             implied["group-query-attention"] = True
         return implied | self.arguments
 
@@ -101,7 +121,7 @@ def load_recipe(path: str | Path, overrides: list[str]) -> Recipe:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise RecipeError(f"cannot read recipe {path.resolve()}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -110,7 +130,7 @@ def load_recipe(path: str | Path, overrides: list[str]) -> Recipe:
         raise RecipeError(f"{path} must be a mapping with the sections {', '.join(SECTIONS)}")
     for override in overrides:
         _apply(content, override)
-    return _parse(path, content)
+    return dataclasses.replace(_parse(path, content), overrides=tuple(overrides))
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -123,7 +143,10 @@ def _apply(content: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML ({error})") from error
+        raise RecipeError(
+            f"override {override!r}: the value is not valid YAML; text with special characters needs quotes "
+            f"of its own: '{name}=\"{text}\"'"
+        ) from error
     if not dot:
         content["output"] = value
         return
@@ -181,6 +204,9 @@ def _megatron_settings(model: dict[str, Any], megatron: dict[str, Any]) -> dict[
             option = key.replace("_", "-")
             if option == "preset" and section is model:
                 continue
+            if option.startswith("cca-"):
+                setting = option.removeprefix("cca-").replace("-", "_")
+                raise RecipeError(f"{option}: is a CCA setting; set cca.{setting}")
             if option in arguments:
                 raise RecipeError(f"{option} is set twice; keep it in one of model and megatron")
             arguments[option] = value
@@ -204,15 +230,17 @@ def _preset_heads(model: dict[str, Any], arguments: dict[str, Any]) -> dict[str,
 def _dataclass_section(kind: type[Any], name: str, content: Mapping[str, Any]) -> Any:
     section = {key.replace("-", "_"): value for key, value in _section(content, name).items()}
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    for key, value in section.items():
+    for key, value in list(section.items()):
         if key not in fields:
             raise RecipeError(unknown_name(f"{name} setting", key, list(fields)))
-        if key == "inputs" and isinstance(value, str):
-            section[key] = [value]
+        if value is None:  # as if it were not there
+            del section[key]
+        elif key == "inputs":
+            section[key] = [value] if isinstance(value, str) else value
+            if not isinstance(section[key], list) or not all(isinstance(item, str) for item in section[key]):
+                raise RecipeError(f"data.inputs={value!r}: must be a path or a list of paths")
         elif fields[key].type is int and (type(value) is not int or value < 1):
             raise RecipeError(f"{name}.{key}={value!r}: must be a whole number of at least 1")
-        elif fields[key].type is not int and key != "inputs" and not isinstance(value, str):
+        elif fields[key].type is not int and not isinstance(value, str):
             raise RecipeError(f"{name}.{key}={value!r}: must be text")
-    if not all(isinstance(item, str) for item in section.get("inputs", [])):
-        raise RecipeError(f"data.inputs={section['inputs']!r}: must be a list of paths")
     return kind(**section)

@@ -1,8 +1,7 @@
 """One ``cca-megatron train`` from start to end: check, prepare data, train, report."""
 
 import os
-import shutil
-import sys
+import shlex
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from cca_megatron.data.prepare import Manifest, dataset_files, prepare, read_man
 from cca_megatron.doctor import missing_build_tools
 from cca_megatron.training import launch, report
 from cca_megatron.training.checkpoint import latest_iteration
-from cca_megatron.training.command import Command, build_command, check_data
+from cca_megatron.training.command import Command, build_command, check_data, program
 from cca_megatron.training.device import Device, describe, select_device
 from cca_megatron.training.progress import LiveBar
 from cca_megatron.training.recipe import Recipe, RecipeError, load_recipe
@@ -28,10 +27,7 @@ def prepare_command(recipe_path: Path, overrides: list[str]) -> tuple[Command, D
     """
     recipe = load_recipe(recipe_path, overrides)
     device = select_device()
-    if device == "cpu":
-        from cca_megatron.training import cpu_backend
-
-        cpu_backend.install()
+    load_megatron(device)
     command = build_command(recipe, device)
     if command.args.cca_recompute_mix and (missing := missing_build_tools()):
         raise RecipeError(
@@ -39,6 +35,24 @@ def prepare_command(recipe_path: Path, overrides: list[str]) -> tuple[Command, D
             "cannot be found on the PATH; install it, or cca.recompute_mix=false works"
         )
     return command, device
+
+
+def load_megatron(device: Device) -> None:
+    """Import Megatron for this device.
+
+    Raises:
+        RecipeError: it cannot be imported, as with a Transformer Engine that is broken.
+    """
+    try:
+        if device == "cpu":
+            from cca_megatron.training import cpu_backend
+
+            cpu_backend.install()
+        import megatron.core.transformer  # noqa: F401
+    except Exception as error:  # whatever the broken package raises
+        raise RecipeError(
+            f"Megatron cannot be imported: {error}. cca-megatron doctor says what is wrong"
+        ) from error
 
 
 def check_machine(recipe: Recipe, device: Device) -> None:
@@ -59,8 +73,11 @@ def check_machine(recipe: Recipe, device: Device) -> None:
             )
 
 
-def train(command: Command, device: Device, console: Console) -> None:
+def train(command: Command, device: Device, console: Console) -> bool:
     """Prepare the data if it is missing, train, and write the loss curve and a summary.
+
+    Returns:
+        Whether it went to its end, or was stopped after saving a checkpoint.
 
     Raises:
         RecipeError: the data is missing, or does not fit the recipe.
@@ -79,9 +96,10 @@ def train(command: Command, device: Device, console: Console) -> None:
             f"all {total} iterations are done: megatron.train-iters={2 * total} would go on from there, "
             "output=FOLDER would start anew"
         )
-    else:
-        _run(command, device, console)
+    elif _run(command, device, console) == "stopped":
+        return False
     _report(command, console)
+    return True
 
 
 def _show_paths(recipe: Recipe, console: Console) -> None:
@@ -92,18 +110,30 @@ def _show_paths(recipe: Recipe, console: Console) -> None:
 
 def _ensure_data(recipe: Recipe, console: Console) -> None:
     data = recipe.data
-    if data.prefix is None or not data.inputs:
+    if data.prefix is None:
         return
-    if dataset_files(data.prefix)[1].exists():
-        manifest = read_manifest(data.prefix)
-        if manifest is not None and (manifest.tokenizer, manifest.inputs) != (data.tokenizer, data.inputs):
-            raise RecipeError(
-                f"data.prefix={data.prefix} was made from {manifest.inputs} with tokenizer "
-                f"{manifest.tokenizer!r}, not from {data.inputs} with {data.tokenizer!r}; "
-                "choose another data.prefix"
-            )
+    if not dataset_files(data.prefix)[1].exists():
+        if data.inputs:
+            prepare_data(console, data.inputs, data.prefix, data.tokenizer, text_key=data.text_key)
         return
-    prepare_data(console, data.inputs, data.prefix, data.tokenizer, text_key=data.text_key)
+    manifest = read_manifest(data.prefix)
+    if manifest is None:  # made by another tool
+        return
+    if manifest.tokenizer != data.tokenizer:
+        raise RecipeError(
+            f"data.prefix={data.prefix} was made with tokenizer {manifest.tokenizer!r}, not with "
+            f"{data.tokenizer!r}; data.tokenizer={manifest.tokenizer} or another data.prefix works"
+        )
+    if not data.inputs:
+        return
+    found, wanted = (
+        ([os.path.normpath(name) for name in source.inputs], source.text_key) for source in (manifest, data)
+    )
+    if found != wanted:
+        raise RecipeError(
+            f"data.prefix={data.prefix} was made from {found[0]} with text_key {found[1]!r}, not from "
+            f"{wanted[0]} with {wanted[1]!r}; choose another data.prefix"
+        )
 
 
 def prepare_data(
@@ -128,8 +158,9 @@ def prepare_data(
             **options,  # type: ignore[arg-type]
         )
     skipped = ", ".join(f"{count} {reason}" for reason, count in manifest.skipped.items())
+    plural = "" if manifest.documents == 1 else "s"
     console.print(
-        f"dataset: {manifest.documents:,} documents, {manifest.tokens:,} tokens in "
+        f"dataset: {manifest.documents:,} document{plural}, {manifest.tokens:,} tokens in "
         f"{Path(prefix).resolve()}.bin" + (f" (skipped: {skipped})" if skipped else ""),
         markup=False,
         soft_wrap=True,
@@ -137,7 +168,7 @@ def prepare_data(
     return manifest
 
 
-def _run(command: Command, device: Device, console: Console) -> None:
+def _run(command: Command, device: Device, console: Console) -> launch.Outcome:
     recipe, args = command.recipe, command.args
     log = None
     if recipe.output is not None:
@@ -148,13 +179,19 @@ def _run(command: Command, device: Device, console: Console) -> None:
         def show(line: str) -> None:
             print(line, flush=True)
 
-        stopped = launch.run(command, device, log, show, show)
+        outcome = launch.run(command, device, log, show, show)
     else:
         bar = LiveBar(console, args.train_iters or 0, args.global_batch_size * args.seq_length)
         with bar.shown():
-            stopped = launch.run(command, device, log, bar.feed, bar.note)
-    if stopped:
-        console.print("stopped; the same command goes on from the last checkpoint")
+            outcome = launch.run(command, device, log, bar.feed, bar.note)
+            if outcome == "finished":
+                bar.finish()
+    if outcome != "finished":
+        reached = None if recipe.checkpoints is None else latest_iteration(recipe.checkpoints)
+        saved = "" if outcome == "saved" else " without saving a checkpoint"
+        again = "starts anew" if reached is None else f"goes on from the checkpoint of iteration {reached}"
+        console.print(f"stopped{saved}; the same command {again}", soft_wrap=True)
+    return outcome
 
 
 def _report(command: Command, console: Console) -> None:
@@ -167,19 +204,18 @@ def _report(command: Command, console: Console) -> None:
         picture = recipe.output / "loss.png"
         report.plot_losses(curves, bigram, picture)
         lines.append(("loss curve", str(picture.resolve())))
-        lines.append(("TensorBoard", f"{_program('tensorboard')} --logdir {recipe.tensorboard}"))
-    again = f"{_program('cca-megatron')} train {recipe.path}"
+        lines.append(("TensorBoard", f"{program('tensorboard')} --logdir {recipe.tensorboard}"))
     lines += [
-        ("next", f"train longer: {again} megatron.train-iters=N"),
-        ("", f"try a variant: {again} cca.temperature=exp output=runs/exp"),
+        ("next", f"train longer: {_again(recipe, 'megatron.train-iters=N')}"),
+        ("", f"try a variant: {_again(recipe, 'cca.temperature=exp', 'output=runs/exp')}"),
     ]
     console.print()
     for name, text in lines:
         console.print(f"{name:<16}{text}", markup=False, soft_wrap=True)
 
 
-def _program(name: str) -> str:
-    """How to start a program of this environment from here, whether or not the environment is activated."""
-    if shutil.which(name):
-        return name
-    return os.path.relpath(Path(sys.executable).parent / name)
+def _again(recipe: Recipe, *changes: str) -> str:
+    """The command of this run with other settings."""
+    changed = {change.partition("=")[0] for change in changes}
+    kept = [o for o in recipe.overrides if o.partition("=")[0].replace("_", "-") not in changed]
+    return shlex.join([program("cca-megatron"), "train", str(recipe.path), *kept, *changes])

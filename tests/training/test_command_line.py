@@ -1,6 +1,7 @@
 """``cca-megatron`` as a user runs it: from a recipe to a trained model, stopped, resumed, refused."""
 
 import math
+import os
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import yaml
 from training.conftest import MODEL, environment, losses
 
 from cca_megatron.data.bigram import bigram_cross_entropy
+from cca_megatron.training.checkpoint import checkpoint_problems
 from cca_megatron.training.recipe import RecipeError
 from cca_megatron.training.session import prepare_command
 
@@ -32,7 +34,6 @@ def recipe(corpus: Path, folder: Path, iterations: int) -> Path:
         "moe-router-pre-softmax": True,
         "expert-model-parallel-size": 2,
         "use-distributed-optimizer": True,
-        "override-opt-param-scheduler": True,
         "micro-batch-size": 2,
         "train-iters": iterations,
         "eval-interval": 4,
@@ -49,9 +50,9 @@ def recipe(corpus: Path, folder: Path, iterations: int) -> Path:
     return path
 
 
-def cca_megatron(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def cca_megatron(folder: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cca_megatron.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=environment() | variables, capture_output=True, text=True)
 
 
 def files(folder: Path) -> dict[Path, int]:
@@ -173,12 +174,35 @@ def test_a_refusal_changes_nothing(trained):
     for overrides, message in {
         ("megatron.hidden-size=64",): "hidden_size=64, but the checkpoint",
         ("data.inputs=[python-stdlib]", "output=runs/other"): "was made from",
+        ("data.tokenizer=hf:x", "data.inputs=null", "output=runs/other"): "was made with tokenizer 'bytes'",
     }.items():
         run = cca_megatron(folder, "train", path, *overrides)
         assert run.returncode == 1
         assert message in run.stderr
         assert "Traceback" not in run.stderr
     assert files(folder) == before
+
+
+def test_a_broken_transformer_engine_is_explained(trained, tmp_path):
+    """Megatron tolerates its absence, but not one that fails to import."""
+    folder, path, _ = trained
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('no CUDA library')")
+    for arguments in (("train", path), ("data", "prepare", "a.txt", "--output", "d", "--tokenizer", "bytes")):
+        run = cca_megatron(folder, *arguments, PYTHONPATH=str(tmp_path))
+        assert run.returncode == 1
+        assert "Megatron cannot be imported: no CUDA library. cca-megatron doctor says" in run.stderr
+        assert "Traceback" not in run.stderr
+
+
+def test_settings_given_as_their_defaults_are_the_same_model(trained, monkeypatch):
+    """A tuple by default and a list when given."""
+    folder, path, _ = trained
+    monkeypatch.chdir(folder)
+    made = prepare_command(path, [])[0].args
+    made.cca_conv_kernel_sizes = [2, 2]
+    assert checkpoint_problems(made) == []
 
 
 def test_a_failing_run_says_why(trained):
@@ -214,7 +238,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(corpus, tmp_path):
     text = "".join(seen) + rest
     assert process.returncode == 0, text[-3000:]
     assert "stopping: a checkpoint is saved after this step" in text
-    assert "the same command goes on from the last checkpoint" in text
+    assert "stopped; the same command goes on from the checkpoint of iteration" in text
     saved = int((tmp_path / "runs/test/checkpoints/latest_checkpointed_iteration.txt").read_text())
     assert 3 <= saved < 400
     run = cca_megatron(tmp_path, "train", path, f"megatron.train-iters={saved + 1}")
@@ -222,7 +246,9 @@ def test_ctrl_c_saves_and_the_run_goes_on(corpus, tmp_path):
     assert f"iteration {saved + 1:8d}/{saved + 1:8d}" in run.stdout
 
 
-def test_a_second_ctrl_c_stops_at_once(corpus, tmp_path):
+@pytest.mark.parametrize("line", ["log:", "iteration        3/"])
+def test_ctrl_c_before_training_and_twice_stops_at_once(corpus, tmp_path, line):
+    """Nothing is saved, and nothing else is said."""
     path = recipe(corpus, tmp_path, iterations=400)
     process = subprocess.Popen(
         [sys.executable, "-m", "cca_megatron.cli", "train", path],
@@ -232,16 +258,21 @@ def test_a_second_ctrl_c_stops_at_once(corpus, tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    for line in process.stdout:
-        if "log:" in line:
+    for text in process.stdout:
+        if line in text:
             break
-    time.sleep(1)  # torchrun is starting its workers
+    time.sleep(0.5)  # torchrun is starting its workers
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    if line != "log:":
+        time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
     start = time.monotonic()
-    process.communicate(timeout=60)
+    rest, _ = process.communicate(timeout=60)
     assert time.monotonic() - start < 20
+    assert process.returncode == 130, rest[-3000:]
+    assert "stopped without saving a checkpoint; the same command starts anew" in rest
+    if line == "log:":
+        assert "stopping: training has not begun, so there is nothing to save" in rest
 
 
 def test_help_teaches(tmp_path):
@@ -256,17 +287,46 @@ def test_help_teaches(tmp_path):
             assert word in run.stdout, word
 
 
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_ctrl_c_while_preparing_data(tmp_path, seconds):
+    """In a terminal it reaches the workers too: one line, at once, and nothing left."""
+    prepare = ["data", "prepare", "--output", "out/d", "--tokenizer", "bytes", "--workers", "3"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cca_megatron.cli", *prepare, *["python-stdlib"] * 20],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while not list(tmp_path.glob("out/d.part-*.bin")):
+        time.sleep(0.01)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out) == (130, "stopped; nothing was written\n")
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_preparing_data(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.bin").write_bytes(b"\0")
     prepare = ("data", "prepare", "a.txt", "b.bin", "--output", "out/d", "--tokenizer", "bytes")
     run = cca_megatron(tmp_path, *prepare)
     assert run.returncode == 0, run.stderr
-    assert "dataset: 1 documents, 5 tokens in" in run.stdout
+    assert "dataset: 1 document, 5 tokens in" in run.stdout
     assert "(skipped: 1 binary)" in run.stdout
     again = cca_megatron(tmp_path, *prepare)
     assert again.returncode == 1
     assert "exists already; --overwrite replaces it" in again.stderr
+    for prefix in ("out/", ""):
+        nameless = cca_megatron(tmp_path, *prepare[:-3], prefix, *prepare[-2:])
+        assert nameless.returncode == 1
+        assert "must end in a name, for PREFIX.bin; data/corpus works" in nameless.stderr
+    inside_a_file = cca_megatron(tmp_path, *prepare[:-3], "a.txt/d", *prepare[-2:])
+    assert inside_a_file.returncode == 1
+    assert re.search("error: (File exists|Not a directory): /.*a.txt", inside_a_file.stderr)
     strict = cca_megatron(tmp_path, *prepare, "--strict", "--overwrite")
     assert strict.returncode == 1
     assert "b.bin is binary" in strict.stderr

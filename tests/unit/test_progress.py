@@ -72,5 +72,22 @@ def test_a_failure_is_explained_by_its_first_exception():
     assert explain(lines, 1) == "AssertionError: a is too large"
     bare = [line.replace(": a is too large", "") for line in lines]
     assert explain(bare, 1) == "AssertionError: assert a < b"
+    nested = [
+        "[rank0]: Traceback (most recent call last):",
+        '[rank0]:   File "x.py", line 1, in f',
+        "[rank0]: torch.checkpoint.CheckpointException: CheckpointException ranks:dict_keys([0])",
+        "[rank0]: Traceback (most recent call last): (RANK 0)",
+        '[rank0]:   File "y.py", line 1, in f',
+        "[rank0]: SomeException: shape mismatch for key x",
+    ]
+    assert explain(nested, 1) == "SomeException: shape mismatch for key x"
+    assert explain(nested[:3], 1).startswith("torch.checkpoint.CheckpointException")
+    crashed = [
+        "Traceback (most recent call last):",
+        '  File "run.py", line 1, in f',
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
+        "  traceback : Signal 8 (SIGFPE) received by PID 4711",
+    ]
+    assert explain(crashed, 1) == "a worker died of Signal 8 (SIGFPE)"
     assert explain(["killed"], 9) == "killed"
     assert "status 9" in explain([], 9)

@@ -170,6 +170,8 @@ REFUSED = {
     "hidden_size=100 with head_dim=128: .* hidden_size=1024 works": {
         "model": {"preset": "cca_8x", "hidden-size": 100}
     },
+    "cca-temperature: is a CCA setting; set cca.temperature": {"megatron": {"cca-temperature": "exp"}},
+    "data.inputs=5: must be a path or a list of paths": {"data": {"inputs": 5}},
     "lr is set twice": {"model": {"lr": 1}, "megatron": {"lr": 2}},
     "megatron: must be a mapping": {"megatron": [1]},
     "output=5: must be a folder": {"output": 5},
@@ -180,6 +182,37 @@ REFUSED = {
 def test_a_malformed_recipe_is_refused(message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(written(REFUSED[message]), [])
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("model:\n  hidden-size: 32\n  num-layers: 2\n  hidden-size: 64\n")
+    with pytest.raises(RecipeError, match="hidden-size is set twice, line 2 and after"):
+        load_recipe(path, [])
+
+
+def test_text_that_yaml_would_read_otherwise_needs_quotes():
+    with pytest.raises(RecipeError, match="needs quotes of its own: 'model.hybrid-layer-pattern=\"\\*E\"'"):
+        load_recipe(written(small()), ["model.hybrid-layer-pattern=*E"])
+
+
+def test_nothing_means_the_default():
+    recipe = load_recipe(
+        written(small()), ["data.inputs=null", "data.prefix=null", "model.num-query-groups=null"]
+    )
+    assert (recipe.data.inputs, recipe.data.prefix) == ([], None)
+    assert "group-query-attention" not in recipe.all_arguments()
+
+
+def test_mock_data_replaces_the_dataset():
+    assert command("megatron.mock-data=true", data={"prefix": "d"}).args.data_path is None
+
+
+def test_values_may_begin_with_a_minus():
+    made = command(megatron={"wandb-exp-name": "-x"}, cca={"temperature_init": -1e-5})
+    assert made.args.wandb_exp_name == "-x"
+    assert made.args.cca_temperature_init == -1e-5
+    assert "--cca-temperature-init=-1e-05" in made.text()
 
 
 def test_a_missing_recipe_is_named():
@@ -193,6 +226,7 @@ def test_a_malformed_override_is_refused(override):
         load_recipe(written(small()), [override])
 
 
+ROPE = {"position-embedding-type": "rope"}
 WRONG = {
     "unknown Megatron argument 'seq-lenth'; did you mean 'seq-length'": {"megatron": {"seq-lenth": 1}},
     "swiglu='yes': is a flag; use true or false": {"megatron": {"swiglu": "yes"}},
@@ -218,11 +252,51 @@ WRONG = {
         "megatron": {"context-parallel-size": 3}
     },
     "warm-up of 10 and decay over 4": {"megatron": {"lr-warmup-iters": 10}},
+    "world size 1 .* must be a multiple of 2, .*pipeline_model_parallel_size=2; 2 works": {
+        "megatron": {"pipeline-model-parallel-size": 2}
+    },
+    "micro_batch_size=0: must be a whole number of at least 1": {"megatron": {"micro-batch-size": 0}},
+    "train_iters=None: must be a whole number": {"megatron": {"train-iters": None}},
+    "seq_length=0: must be a whole number": {"megatron": {"seq-length": 0}},
+    "num_layers=-1: must be a whole number": {"model": {"num_layers": -1}},
+    "lr=None: the learning rate must be set": {"megatron": {"lr": None}},
+    "split='foo': must be up to three weights.* split=95,5,0 works": {"megatron": {"split": "foo"}},
+    "bf16 and fp16: choose one": {"megatron": {"bf16": True, "fp16": True}},
+    "global_batch_size=6: must be a multiple of micro_batch_size=4 \\* 1 data-parallel ranks; .*=8 works": {
+        "megatron": {"micro-batch-size": 4, "global-batch-size": 6}
+    },
+    r"moe_layer_freq=\[0, 1, 1\]: .*for each of the 2 layers": {
+        "megatron": {"num-experts": 4, "moe-layer-freq": [0, 1, 1]}
+    },
+    r"moe_layer_freq=\[0, 2\]: ": {"megatron": {"num-experts": 4, "moe-layer-freq": [0, 2]}},
+    "moe_layer_freq=0: ": {"megatron": {"num-experts": 4, "moe-layer-freq": 0}},
+    "moe_router_topk=5: a token cannot visit more than num_experts=4": {
+        "megatron": {"num-experts": 4, "moe-router-topk": 5}
+    },
+    "moe_router_topk=0: must be a whole number": {"megatron": {"num-experts": 4, "moe-router-topk": 0}},
+    "world size 1 .* must be a multiple of 2, expert_model_parallel_size=2": {
+        "megatron": {"num-experts": 4, "expert-model-parallel-size": 2}
+    },
+    "num_experts=3: must be a multiple of expert_model_parallel_size=2": {
+        "megatron": {"num-experts": 3, "expert-model-parallel-size": 2},
+        "launch": {"gpus_per_node": 2},
+    },
+    "kv_channels=5: RoPE turns channels in pairs; kv_channels=6 works": {
+        "model": {"preset": None, "num-attention-heads": 4, "num-query-groups": 2, "kv-channels": 5} | ROPE
+    },
+    "rotary_percent=0.0 with kv_channels=4: RoPE would turn no channel": {
+        "model": {"rotary-percent": 0} | ROPE
+    },
+    "softmax_type='off-by-one': the local core attention": {"megatron": {"softmax-type": "off-by-one"}},
+    r"cca.conv_kernel_sizes=\(2, 2, 2\): must be two sizes": {"cca": {"conv_kernel_sizes": [2, 2, 2]}},
+    "cca.conv_kernel_sizes=2: must be two sizes": {"cca": {"conv_kernel_sizes": 2}},
+    "cca.conv0=0: must be true or false": {"cca": {"conv0": 0}},
+    "cca.temperature=None: must be 'linear' or 'exp'": {"cca": {"temperature": None}},
+    "output=.*: is a file; choose a folder": {"output": __file__},
     # Megatron's own rules, with and without a message of their own
     "Megatron says: max_position_embeddings": {"megatron": {"seq-length": 64}},
-    "Megatron says: world size \\(1\\) is not divisible": {"megatron": {"pipeline-model-parallel-size": 2}},
-    "Megatron says: the rule `assert args.micro_batch_size > 0` does not hold": {
-        "megatron": {"micro-batch-size": 0}
+    "Megatron says: the rule `assert args.global_batch_size > 0` does not hold": {
+        "megatron": {"global-batch-size": 0}
     },
     "Megatron says: Please use --moe-router-pre-softmax": {
         "megatron": {"num-experts": 2, "moe-router-topk": 1}

@@ -1,6 +1,10 @@
-"""What context parallelism asks of the settings. Nothing here needs Megatron or a GPU."""
+"""What core attention asks of the settings, above all under context parallelism.
+
+Nothing here needs Megatron or a GPU.
+"""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 
@@ -16,13 +20,38 @@ def exchanged_kv_heads(query_heads: int, kv_heads: int, ranks: int) -> int | Non
     return None if query_heads % copies else copies
 
 
-def context_problems(config: Any, packed_zigzag: str) -> list[str]:
-    """What keeps these settings from running under context parallelism: one message per problem.
+def core_attention_problems(config: Any, packed_zigzag: str) -> list[str]:
+    """What keeps core attention from running with these settings: one message per problem.
 
     Args:
         config: a TransformerConfig, or anything with its attribute names.
         packed_zigzag: see :class:`cca_megatron.CCAConfig`.
     """
+    is_local = getattr(config, "transformer_impl", "local") == "local"
+    crosses_ranks = packed_zigzag == "stream" and getattr(config, "context_parallel_size", 1) > 1
+    if is_local or crosses_ranks:
+        return local_attention_problems(config)
+    return _context_problems(config, _te_problems)
+
+
+def local_attention_problems(config: Any) -> list[str]:
+    """The same for the project's own core attention, whatever the rest of the layer is built on."""
+    problems = [
+        f"{name}=True: the local core attention records no logits; {name}=False works, or "
+        "transformer_impl='transformer_engine'"
+        for name in ("qk_clip", "log_max_attention_logit")
+        if getattr(config, name, False)
+    ]
+    softmax_type = getattr(config, "softmax_type", "vanilla")
+    if softmax_type != "vanilla":
+        problems.append(
+            f"softmax_type={softmax_type!r}: the local core attention has 'vanilla' only; "
+            "transformer_impl='transformer_engine' has the others"
+        )
+    return problems + _context_problems(config, _local_problems)
+
+
+def _context_problems(config: Any, of_backend: Callable[[Any, str], list[str]]) -> list[str]:
     size = getattr(config, "context_parallel_size", 1)
     if size == 1:
         return []
@@ -33,10 +62,8 @@ def context_problems(config: Any, packed_zigzag: str) -> list[str]:
             "hybrid_context_parallel=False works"
         )
     chosen = getattr(config, "cp_comm_type", None) or "p2p"
-    types = sorted(set(chosen)) if isinstance(chosen, list) else [chosen]
-    is_local = getattr(config, "transformer_impl", "local") == "local" or packed_zigzag == "stream"
-    for comm_type in types:
-        problems += _local_problems(config, comm_type) if is_local else _te_problems(config, comm_type)
+    for comm_type in sorted(set(chosen)) if isinstance(chosen, list) else [chosen]:
+        problems += of_backend(config, comm_type)
     return problems
 
 
@@ -47,7 +74,6 @@ def _heads_per_rank(config: Any) -> tuple[int, int]:
 
 
 def _local_problems(config: Any, comm_type: str) -> list[str]:
-    """For the project's own core attention."""
     size = config.context_parallel_size
     problems = []
     if comm_type not in ("p2p", "all_gather", "a2a"):
@@ -76,7 +102,6 @@ def _local_problems(config: Any, comm_type: str) -> list[str]:
 
 
 def _te_problems(config: Any, comm_type: str) -> list[str]:
-    """For Transformer Engine's core attention."""
     _, kv_heads = _heads_per_rank(config)
     size = config.context_parallel_size
     if comm_type == "a2a" and kv_heads % size:
