@@ -1,6 +1,7 @@
 # make quickstart   set up and train a small model (five minutes on two cores)
 # make test         set up and run the tests (under 15 minutes)
 # make test-all     the same with the long matrices
+# make gpu-test     on a machine with GPUs: all tests on them, over NCCL where there are two or more
 # make lint         format and type checks
 # PYTHON=/path/to/python3.12 chooses the interpreter.
 
@@ -10,7 +11,7 @@ BIN := .venv/bin
 # Ranks share the machine, so each runs one thread.
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone
 
-.PHONY: help setup setup-dev quickstart test test-all lint clean
+.PHONY: help setup setup-dev quickstart test test-all gpu-test lint clean
 
 help:  ## Show the targets.
 	@sed -n 's/^# \(make\|PYTHON\)/\1/p' Makefile
@@ -33,6 +34,11 @@ test-all: lint
 	$(BIN)/python -m pytest tests --ignore tests/distributed
 	$(TORCHRUN) --nproc-per-node 2 -m pytest tests/distributed
 	$(TORCHRUN) --nproc-per-node 4 -m pytest tests/distributed
+
+gpu-test: setup-dev
+	@nvidia-smi -L >/dev/null 2>&1 || { echo "error: nvidia-smi finds no GPU; make test runs without one" >&2; exit 1; }
+	CCA_DEVICE=cuda $(BIN)/python -m pytest tests/kernels tests/unit tests/gpu
+	gpus=$$(nvidia-smi -L | wc -l); [ $$gpus -lt 2 ] || CCA_DEVICE=cuda $(TORCHRUN) --nproc-per-node $$gpus -m pytest tests/distributed
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -42,7 +42,8 @@ def environment() -> dict[str, str]:
     """A clean environment for torchrun: nothing of an outer launcher."""
     outer = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "CCA_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    # Megatron's --deterministic-mode asks for the last.
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "NCCL_ALGO": "Ring"}
 
 
 def pretrain(processes: int, *arguments: str, model: list[str] = MODEL) -> str:

@@ -43,6 +43,7 @@ VARIANTS = {
     "context, ring": ("dense", 2, "--context-parallel-size 2"),
     "context, all-gather": ("dense", 2, "--context-parallel-size 2 --cp-comm-type all_gather"),
     "context, all-to-all": ("dense", 2, "--context-parallel-size 2 --cp-comm-type a2a --cca-recompute-mix"),
+    "context, deterministic": ("dense", 2, "--context-parallel-size 2 --deterministic-mode"),
     "one group, tensor parallel": ("one group", 2, "--tensor-model-parallel-size 2"),
     "one group, distributed optimizer": (
         "one group",
