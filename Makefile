@@ -28,12 +28,13 @@ quickstart: setup
 test: lint
 	$(BIN)/python -m pytest tests --ignore tests/distributed -m "not long"
 	$(TORCHRUN) --nproc-per-node 2 -m pytest tests/distributed -m "not long"
-	$(TORCHRUN) --nproc-per-node 4 -m pytest tests/distributed/test_context.py
+	$(TORCHRUN) --nproc-per-node 4 -m pytest tests/distributed -m "not long and (ranks or every_world)"
 
 test-all: lint
 	$(BIN)/python -m pytest tests --ignore tests/distributed
 	$(TORCHRUN) --nproc-per-node 2 -m pytest tests/distributed
-	$(TORCHRUN) --nproc-per-node 4 -m pytest tests/distributed
+	$(TORCHRUN) --nproc-per-node 4 -m pytest tests/distributed -m "ranks or every_world"
+	$(TORCHRUN) --nproc-per-node 8 -m pytest tests/distributed -k eight_ranks
 
 gpu-test: setup-dev
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "error: nvidia-smi finds no GPU; make test runs without one" >&2; exit 1; }

@@ -33,11 +33,11 @@ def examine() -> list[Finding]:
         _transformer_engine(),
         _apex(),
         _optional("flash_attn", "flash-attn", "core attention uses Transformer Engine's or PyTorch's"),
-        _optional("mpi4py", "mpi4py", "launching with mpirun needs it: pip install 'cca-megatron[mpi]'"),
+        _optional("mpi4py", "mpi4py", "launching with mpirun needs it: pip install mpi4py"),
         _optional(
             "transformers",
             "transformers",
-            "hf: tokenizers and ZAYA1 weights need it: pip install 'cca-megatron[hf]'",
+            "hf: tokenizers and ZAYA1 weights need it: pip install 'transformers>=5.23' safetensors",
         ),
         _compiler(),
     ]
@@ -130,8 +130,8 @@ def _importable(name: str, module: str, version: str) -> Finding:
 def _transformer_engine() -> Finding:
     name = "transformer-engine"
     if importlib.util.find_spec("transformer_engine") is None:
-        without = "no FP8, no fused layers: the local backend is used. pip install 'cca-megatron[te]'"
-        return Finding(name, "absent", without)
+        without = "no FP8, no fused layers: the local backend is used"
+        return Finding(name, "absent", f"{without}. pip install 'transformer-engine[pytorch]'")
     finding = _importable(name, "transformer_engine.pytorch", _version(name) or "")
     if finding.status == "problem":
         # Megatron tolerates a missing Transformer Engine, but not one that fails to import.

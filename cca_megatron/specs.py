@@ -58,7 +58,7 @@ try:
 except ImportError as error:
     # Megatron swallows an ImportError from a --spec module and then trains ordinary attention.
     raise RuntimeError(
-        f"cca_megatron.specs cannot be used: {error}. Run: pip install cca-megatron"
+        f"cca_megatron.specs cannot be used: {error}. cca-megatron doctor says what is missing"
     ) from error
 
 from cca_megatron.config import CCAConfig, check_config
@@ -189,7 +189,8 @@ def _wants_te(config: TransformerConfig) -> bool:
 def _require_te(alternative: str) -> None:
     if not HAVE_TE:
         raise RuntimeError(
-            "Transformer Engine is asked for and not installed. Run: pip install 'cca-megatron[te]' "
+            "Transformer Engine is asked for and not installed. Run: "
+            "pip install 'transformer-engine[pytorch]' "
             f"(it needs an NVIDIA GPU), or use {alternative}"
         )
 

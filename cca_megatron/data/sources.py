@@ -93,9 +93,7 @@ def _parquet(path: Path) -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(
-            f"{path}: reading .parquet needs pyarrow. Run: pip install 'cca-megatron[data]'"
-        ) from error
+        raise DataError(f"{path}: reading .parquet needs pyarrow. Run: pip install pyarrow") from error
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:

@@ -61,8 +61,7 @@ def load_encoder(name: str) -> Encoder:
         return Encoder(lambda text: np.frombuffer(text.encode("utf-8"), np.uint8), _BYTES_EOD, _BYTES_EOD + 1)
     package = {"hf": "transformers", "sentencepiece": "sentencepiece"}[name.partition(":")[0]]
     if importlib.util.find_spec(package) is None:
-        extra = {"transformers": "hf", "sentencepiece": "data"}[package]
-        raise DataError(f"tokenizer {name!r} needs {package}. Run: pip install 'cca-megatron[{extra}]'")
+        raise DataError(f"tokenizer {name!r} needs {package}. Run: pip install {package}")
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.arguments import add_megatron_arguments
 

@@ -71,20 +71,25 @@ def fixes():
     megatron_fixes.apply()
 
 
+LAYOUTS = [
+    ("two groups", Layout(tp=4, sp=True)),
+    ("experts", Layout(ep=2)),
+    *(
+        pytest.param(name, layout, marks=pytest.mark.long)
+        for name, layout in [
+            ("two groups", Layout(tp=4)),
+            ("one group", Layout(tp=2, cp=2)),
+            ("two groups", Layout(pp=2, tp=2)),
+            ("two groups", Layout(cp=4)),
+            ("experts", Layout(tp=2, sp=True, ep=4)),
+            ("experts", Layout(pp=2, cp=2, ep=2)),
+        ]
+    ),
+]
+
+
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [
-        ("two groups", Layout(tp=4)),
-        ("two groups", Layout(tp=4, sp=True)),
-        ("one group", Layout(tp=2, cp=2)),
-        ("two groups", Layout(pp=2, tp=2)),
-        ("two groups", Layout(cp=4)),
-        ("experts", Layout(ep=2)),
-        ("experts", Layout(tp=2, sp=True, ep=4)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS, ids=str)
 def test_a_run_goes_on_in_another_layout(name, layout):
     model = MODELS[name]
     weights = f"{reference(model)[0]}/weights"
@@ -96,3 +101,19 @@ def test_a_run_goes_on_in_another_layout(name, layout):
         norms = train(model, Layout(), weights, keep=f"{directory}/here", steps=SAVED)
         norms += train(model, layout, resume=f"{directory}/here", steps=STEPS - SAVED)
         assert norms == pytest.approx(expected, rel=1e-4), f"from one rank to {layout}"
+
+
+@pytest.mark.long
+@pytest.mark.ranks(8)
+def test_eight_ranks_of_two_groups():
+    """From one rank to eight, from there to four, and back to one."""
+    model = Model({"num_attention_heads": 8})
+    weights = f"{reference(model)[0]}/weights"
+    with shared_directory() as directory:
+        expected = train(model, Layout(), weights)
+        norms = train(model, Layout(), weights, keep=f"{directory}/1", steps=1)
+        for step, size in enumerate((8, 4, 1), start=1):
+            layout = Layout(tp=size, sp=size > 1)
+            resume, keep = f"{directory}/{step}", f"{directory}/{step + 1}"
+            norms += train(model, layout, resume=resume, keep=keep, steps=1)
+    assert norms == pytest.approx(expected, rel=1e-4)

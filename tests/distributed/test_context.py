@@ -18,6 +18,8 @@ from cca_megatron.parallel.context_attention import context_attention
 from cca_megatron.parallel.head_exchange import attend_by_heads
 from cca_megatron.parallel.layout import ContextLayout
 
+pytestmark = pytest.mark.every_world
+
 BATCH, GROUPS, QUERIES, DIM = 2, 3, 2, 4
 
 

@@ -18,10 +18,13 @@ CASES = {
     "ring, stream": (Layout(cp=2), Model(**STREAM)),
     "pipeline": (Layout(pp=2), Model()),
 }
+QUICK = ["sequence parallel", "one group", "ring, stream"]
 
 
 @pytest.mark.parametrize(("dtype", "floor"), [(torch.float32, 1e-5), (torch.bfloat16, 0.0)], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in CASES]
+)
 def test_rounding(name, dtype, floor):
     """Logits and every gradient: no more than twice the error of one rank."""
     compare_rounding(*CASES[name], dtype, floor)

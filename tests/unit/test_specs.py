@@ -251,15 +251,15 @@ class TestWithoutTransformerEngine:
 
     def test_a_configuration_that_wants_it(self):
         config = tiny_config(transformer_impl="transformer_engine")
-        with pytest.raises(RuntimeError, match=r"pip install 'cca-megatron\[te\]'.*--transformer-impl local"):
+        with pytest.raises(RuntimeError, match=r"pip install 'transformer-engine.*--transformer-impl local"):
             specs.cca_decoder_block_spec(config)
 
     def test_the_ready_layer(self):
-        with pytest.raises(RuntimeError, match=r"pip install 'cca-megatron\[te\]'.*cca_layer_spec_local"):
+        with pytest.raises(RuntimeError, match=r"pip install 'transformer-engine.*cca_layer_spec_local"):
             gpt_model(tiny_config(), specs.cca_layer_spec_te)
 
     def test_the_hybrid_stack(self):
-        message = r"pip install 'cca-megatron\[te\]'.*hybrid_cca_stack_spec_local"
+        message = r"pip install 'transformer-engine.*hybrid_cca_stack_spec_local"
         with pytest.raises(RuntimeError, match=message):
             hybrid_model("*-", specs.hybrid_cca_stack_spec)
 
