@@ -154,7 +154,7 @@ def config_problems(config: Any, cca: CCAConfig) -> list[str]:
     heads = _head_problems(config, cca)
     # Rules about heads per rank make sense once there are whole heads.
     attention = [] if heads else core_attention_problems(config, cca.packed_zigzag)
-    return [*own_problems(cca), *heads, *_conflicts(config), *attention]
+    return [*own_problems(cca), *heads, *_conflicts(config, cca), *attention]
 
 
 def check_config(config: Any, cca: CCAConfig) -> None:
@@ -263,7 +263,7 @@ _CONFLICTS = {
 }
 
 
-def _conflicts(config: Any) -> list[str]:
+def _conflicts(config: Any, cca: CCAConfig) -> list[str]:
     problems = [
         f"{name}={getattr(config, name)!r}: {reason}; {name}=False works"
         for name, reason in _CONFLICTS.items()
@@ -272,4 +272,11 @@ def _conflicts(config: Any) -> list[str]:
     variant = getattr(config, "experimental_attention_variant", None)
     if variant is not None:
         problems.append(f"experimental_attention_variant={variant!r}: CCA is chosen by its spec; None works")
+    predicted = getattr(config, "mtp_num_layers", None)
+    if predicted and cca.packed_zigzag == "stream" and getattr(config, "context_parallel_size", 1) > 1:
+        problems.append(
+            f"mtp_num_layers={predicted} with packed documents that cross context-parallel ranks "
+            "(packed_zigzag='stream', --dataloader-inter-document-masking): Megatron shifts the targets of "
+            "multi-token prediction within documents that are cut one by one; context_parallel_size=1 works"
+        )
     return problems

@@ -63,6 +63,9 @@ VARIANTS = {
         "--context-parallel-size 2 --cp-comm-type a2a",
     ),
     "experts, context": ("experts", 2, "--context-parallel-size 2 --expert-model-parallel-size 2"),
+    "predictions, context": ("predictions", 2, "--context-parallel-size 2"),
+    "predictions, tensor": ("predictions", 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "predictions, pipeline": ("predictions", 2, "--pipeline-model-parallel-size 2"),
     "documents, pipeline": ("documents", 2, "--pipeline-model-parallel-size 2 --micro-batch-size 1"),
     "experts, all-to-all": (
         "experts",
@@ -82,6 +85,7 @@ MODELS = {
     "documents": DOCUMENTS,
     "experts": EXPERTS,
     "conversations": ["--sft"],
+    "predictions": ["--mtp-num-layers", "1"],
 }
 
 

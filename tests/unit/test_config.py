@@ -64,6 +64,12 @@ PROBLEMS = [
         {},
         "cp_comm_type='a2a' with 1 KV heads .*'p2p' works",
     ),
+    (
+        CP2 | {"mtp_num_layers": 1},
+        {"packed_zigzag": "stream"},
+        "mtp_num_layers=1 with packed .*--dataloader-inter-document-masking.*context_parallel_size=1 works",
+    ),
+    ({"softmax_type": "learnable"}, {}, "softmax_type='learnable': .*'vanilla' only"),
     ({}, {"packed_zigzag": "batch"}, "packed_zigzag='batch': must be 'document' or 'stream'"),
     ({}, {"conv_kernel_sizes": (0, 2)}, r"conv_kernel_sizes=\(0, 2\): .* at least 1; \(2, 2\) works"),
     ({}, {"conv_kernel_sizes": (2, 1.5)}, r"conv_kernel_sizes=\(2, 1.5\)"),

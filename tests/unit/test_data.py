@@ -159,6 +159,13 @@ def test_a_killed_run_leaves_no_dataset(tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["d.bin", "d.idx", "d.json"]
 
 
+@pytest.mark.parametrize("prefix", ["out/", ""])
+def test_a_prefix_needs_a_name(tmp_path, prefix):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match=f"prefix '{prefix}': must end in a name, .*; data/corpus works"):
+        make([tmp_path / "a.txt"], prefix)
+
+
 def test_a_dead_worker_is_reported(tmp_path, monkeypatch):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("text")
