@@ -30,7 +30,9 @@ from cca_megatron._compat import (
 )
 from cca_megatron.config import CCAConfig, check_config
 from cca_megatron.mix_parameters import GroupShare, gradients_summed, new_parameter, sharded_parameters
-from cca_megatron.parallel.context import context_shard, document_starts
+from cca_megatron.parallel.context import ContextShard
+from cca_megatron.parallel.core_attention import LocalCoreAttention
+from cca_megatron.parallel.packed import context_shard, document_starts
 
 
 class CCASelfAttention(SelfAttention):
@@ -162,7 +164,8 @@ class CCASelfAttention(SelfAttention):
         nvtx_range_push(suffix="cca_mix")
         mix = self._mix_function(angles, packed_seq_params, tokens=mixed.shape[0])
         recompute = None
-        if self.cca.recompute_mix and self.training:
+        # A checkpoint whose input needs no gradient (a frozen projection) would give the convs none either.
+        if self.cca.recompute_mix and self.training and mixed.requires_grad:
             recompute = tensor_parallel.CheckpointWithoutOutput(fp8=self.config.fp8 or self.config.fp4)
             query, key, value = recompute.checkpoint(mix, mixed)
         else:
@@ -214,6 +217,8 @@ class CCASelfAttention(SelfAttention):
         shard = context_shard(
             tokens, self.pg_collection.cp, self.temperature.device, packed_seq_params, self.cca.packed_zigzag
         )
+        if shard is not None and packed_seq_params is not None:
+            self._check_cut(shard)
         cu_seqlens = None if packed_seq_params is None else document_starts(packed_seq_params)
 
         def mix(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,6 +256,14 @@ class CCASelfAttention(SelfAttention):
             raise ValueError(
                 f"packed_seq_params.max_seqlen_q={longest}: the table of RoPE angles has "
                 f"{angles.shape[0]} positions; give rotary_pos_emb of at least {longest}"
+            )
+
+    def _check_cut(self, shard: ContextShard) -> None:
+        if not shard.layout.by_document and not isinstance(self.core_attention, LocalCoreAttention):
+            raise ValueError(
+                "packed documents that cross context-parallel ranks with "
+                f"{type(self.core_attention).__name__}, which takes them for cut one by one; "
+                "CCAConfig(packed_zigzag='stream') works"
             )
 
     def _cos_sin(self, angles: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
-from cca_megatron.attention_rules import core_attention_problems
+from cca_megatron.parallel.rules import core_attention_problems
 
 TemperatureForm = Literal["linear", "exp"]
 PackedZigzag = Literal["document", "stream"]
@@ -213,6 +213,7 @@ def _head_problems(config: Any, cca: CCAConfig) -> list[str]:
         ("num_query_groups", groups),
         ("kv_channels", dim),
         ("tensor_model_parallel_size", tp),
+        ("context_parallel_size", getattr(config, "context_parallel_size", 1)),
     ):
         if type(value) is not int or value < 1:
             problems.append(f"{name}={value!r}: must be a whole number of at least 1")

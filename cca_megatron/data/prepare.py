@@ -1,17 +1,13 @@
 """Text to Megatron's ``.bin/.idx``: in parallel, with a progress bar, and whole or not at all."""
 
-import contextlib
 import glob
 import json
-import multiprocessing
 import os
-import signal
 import socket
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ import psutil
 
 from cca_megatron.data.sources import DataError, Skipped, Unit, find_units, read_documents
 from cca_megatron.data.tokenizer import Encoder, load_encoder
+from cca_megatron.data.workers import WorkerDiedError, map_in_order
 
 Progress = Callable[[int, int], None]
 """Called with the bytes read so far and the bytes there are."""
@@ -151,61 +148,22 @@ def _append(builder: Any, encoded: _Encoded) -> None:
 def _encode_all(
     units: list[Unit], tokenizer: str, encoder: Encoder, text_key: str, workers: int | None
 ) -> Generator[tuple[Unit, _Encoded]]:
-    """Units with their tokens, in order; several workers are a pool that runs a little ahead."""
+    """Units with their tokens, in order."""
     count = min(workers or os.cpu_count() or 1, max(len(units), 1))
     if count == 1:
         yield from ((unit, _encode(unit, encoder, text_key)) for unit in units)
         return
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(
-        count,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer, text_key),
-    )
-    ahead: deque[tuple[Unit, Future[_Encoded]]] = deque()
     try:
-        for unit in units:
-            with _interrupts_held():  # workers are started here; this process stops them
-                ahead.append((unit, pool.submit(_encode_in_worker, unit)))
-            if len(ahead) > 4 * count:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        for unit, future in ahead:
-            yield unit, future.result()
-    except BrokenProcessPool as error:
+        yield from map_in_order(partial(_encoder_of_units, tokenizer, text_key), units, count)
+    except WorkerDiedError as error:
         raise DataError(
-            f"a worker process died, perhaps for lack of memory; fewer than {count} --workers may do"
+            f"{error}, perhaps for lack of memory; fewer than {count} --workers may do"
         ) from error
-    except BaseException:
-        # Nobody waits for what the workers have in hand.
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C in a terminal reaches every process; processes started here do not hear it, we hear it after."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-_worker: tuple[Encoder, str]
-
-
-def _start_worker(tokenizer: str, text_key: str) -> None:
-    global _worker
-    _worker = (load_encoder(tokenizer), text_key)
-
-
-def _encode_in_worker(unit: Unit) -> _Encoded:
-    return _encode(unit, *_worker)
+def _encoder_of_units(tokenizer: str, text_key: str) -> Callable[[Unit], _Encoded]:
+    encoder = load_encoder(tokenizer)
+    return lambda unit: _encode(unit, encoder, text_key)
 
 
 def _encode(unit: Unit, encoder: Encoder, text_key: str) -> _Encoded:

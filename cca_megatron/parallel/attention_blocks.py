@@ -3,15 +3,14 @@
 Softmax attention over a union of keys is a weighted mean of the attentions over its parts, weighted by
 their log-sum-exp; and its backward pass falls apart into the same parts once the merged output and
 log-sum-exp are known. PyTorch's flash kernels return and take the log-sum-exp; where there is none
-(fp32 and fp64 on a GPU) a plain version works through the queries in slices.
+(on a GPU: fp32, fp64, and head sizes that are not multiples of 8 up to 256) a plain version works through
+the queries in slices.
 """
 
 import torch
 from torch import Tensor
 
 _aten = torch.ops.aten
-_SLICE = 256
-"""Queries that the plain version handles at a time: its memory is this many rows of scores."""
 
 
 def attend_block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -29,7 +28,7 @@ def attend_block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) ->
     """
     if q.device.type == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    if q.dtype in (torch.bfloat16, torch.float16):
+    if _has_flash_kernel(q):
         return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
     return attend_block_plain(q, k, v, causal, scale)
 
@@ -53,7 +52,7 @@ def attend_block_backward(
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             gradient, q, k, v, out, lse, 0.0, causal, scale=scale
         )
-    if q.dtype in (torch.bfloat16, torch.float16):
+    if _has_flash_kernel(q):
         no_dropout = torch.zeros(2, dtype=torch.int64, device=q.device)
         return _aten._scaled_dot_product_flash_attention_backward(
             gradient, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2],
@@ -64,22 +63,26 @@ def attend_block_backward(
 
 def attend_block_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """:func:`attend_block` in plain PyTorch."""
+    dtype = q.dtype
+    q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
     out, lse = q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1])
-    for rows in _slices(q):
+    for rows in _slices(q, k):
         logits = _logits(q, k, rows, causal, scale)
         lse[:, :, rows] = logits.logsumexp(-1).flatten(1, 2)
         probabilities = logits.softmax(-1)
         out[:, :, rows] = (probabilities @ v[:, :, None]).flatten(1, 2)
-    return out, lse
+    return out.to(dtype), lse
 
 
 def attend_block_backward_plain(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`attend_block_backward` in plain PyTorch."""
+    dtype = q.dtype
+    gradient, q, k, v, out = (x.to(lse.dtype) for x in (gradient, q, k, v, out))
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     groups = k.shape[1]
-    for rows in _slices(q):
+    for rows in _slices(q, k):
         g, o, x, norm = (_grouped(t[:, :, rows], groups) for t in (gradient, out, q, lse[..., None]))
         probabilities = (_logits(q, k, rows, causal, scale) - norm).exp()
         dv += (probabilities.transpose(-1, -2) @ g).sum(2)
@@ -87,11 +90,18 @@ def attend_block_backward_plain(
         dlogits = probabilities * (from_value - (g * o).sum(-1, keepdim=True)) * scale
         dq[:, :, rows] = (dlogits @ k[:, :, None]).flatten(1, 2)
         dk += (dlogits.transpose(-1, -2) @ x).sum(2)
-    return dq, dk, dv
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-def _slices(q: Tensor) -> list[slice]:
-    return [slice(start, start + _SLICE) for start in range(0, q.shape[2], _SLICE)]
+def _has_flash_kernel(q: Tensor) -> bool:
+    dim = q.shape[-1]
+    return q.dtype in (torch.bfloat16, torch.float16) and dim % 8 == 0 and dim <= 256
+
+
+def _slices(q: Tensor, k: Tensor) -> list[slice]:
+    """Queries to take at a time, so that their logits are about as large as q itself."""
+    rows = max(16, q.shape[2] * q.shape[3] // max(k.shape[2], 1))
+    return [slice(start, start + rows) for start in range(0, q.shape[2], rows)]
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

@@ -128,15 +128,16 @@ class _ContextAttention(torch.autograd.Function):
                 part = attend_block(q[:, :, rows], keys[:, :, columns], values[:, :, columns], causal, scale)
                 merged.add(rows, *part)
         out = merged.out.to(q.dtype)
-        ctx.save_for_backward(q, kv, out, merged.lse)
+        ctx.save_for_backward(q, k, v, out, merged.lse)
         ctx.settings = shard, transport, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        q, kv, out, lse = ctx.saved_tensors
+        q, k, v, out, lse = ctx.saved_tensors
         shard, transport, scale = ctx.settings
+        kv = torch.stack([k, v])
         exchange = _TRANSPORTS[transport](kv, shard.group)
         wide = torch.promote_types(q.dtype, torch.float32)
         dq = torch.zeros_like(q, dtype=wide)

@@ -20,11 +20,12 @@ from cca_megatron._compat import (
     is_layer_window_attention,
     tensor_parallel,
 )
-from cca_megatron.attention_rules import local_attention_problems
 from cca_megatron.config import PackedZigzag
-from cca_megatron.parallel.context import context_shard, host_document_starts
 from cca_megatron.parallel.context_attention import context_attention
 from cca_megatron.parallel.head_exchange import attend_by_heads
+from cca_megatron.parallel.layout import check_documents
+from cca_megatron.parallel.packed import context_shard, host_document_starts
+from cca_megatron.parallel.rules import local_attention_problems
 
 
 class LocalCoreAttention(MegatronModule):
@@ -107,7 +108,11 @@ class LocalCoreAttention(MegatronModule):
                 query.shape[0], self.cp_group, query.device, packed_seq_params, self.packed_zigzag
             )
         if shard is None:
-            ends = None if packed_seq_params is None else host_document_starts(packed_seq_params).tolist()
+            ends = None
+            if packed_seq_params is not None:
+                starts = host_document_starts(packed_seq_params)
+                check_documents(starts, query.shape[0])
+                ends = starts.tolist()
             out = self._attend_whole(query, key, value, ends)
         elif self.cp_comm_type == "a2a":
             attend = partial(self._attend_whole, ends=shard.layout.cu_seqlens.tolist())

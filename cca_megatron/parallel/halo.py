@@ -3,6 +3,11 @@
 One differentiable all-to-all per layer, forward and backward, in which almost every pair of ranks
 exchanges nothing: a rank sends its last rows to the ranks that hold what follows. It is started before
 the tokens that need no other rank are mixed, and waited for after; in the backward pass likewise.
+
+So that work can lie between start and wait, the exchange is two autograd nodes that share a ``_Pending``.
+``_Start`` returns a buffer that is not filled yet, ``_Wait`` fills it. Backward, ``_Wait`` starts sending the
+gradients back and hands on a tensor of which only the shape counts, and ``_Start`` waits for the gradients
+and returns them; autograd runs whatever lies between in the meantime.
 """
 
 from dataclasses import dataclass

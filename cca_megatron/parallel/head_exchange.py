@@ -9,8 +9,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from cca_megatron._compat import tensor_parallel
-from cca_megatron.attention_rules import exchanged_kv_heads
 from cca_megatron.parallel.context import ContextShard
+from cca_megatron.parallel.rules import exchanged_kv_heads
 
 
 def attend_by_heads(

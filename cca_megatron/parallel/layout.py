@@ -71,6 +71,11 @@ class ContextLayout:
     chunks: Chunks
     cu_seqlens: Integers
     """[documents + 1], where each document starts in the stream, and the end of the last."""
+    by_document: bool = False
+    """Every document is cut for itself: the one packed layout that Transformer Engine knows."""
+
+    def __post_init__(self) -> None:
+        check_documents(self.cu_seqlens, self.tokens)
 
     @staticmethod
     def zigzag(tokens: int, size: int, cu_seqlens: Integers | None = None) -> "ContextLayout":
@@ -101,6 +106,7 @@ class ContextLayout:
         Raises:
             ValueError: a document or the padding after the last cannot be cut evenly.
         """
+        check_documents(cu_seqlens, tokens)
         lengths = np.diff(cu_seqlens)
         uneven = np.flatnonzero(lengths % (2 * size))
         if uneven.size:
@@ -127,7 +133,7 @@ class ContextLayout:
         rank, end = np.arange(size), int(cu_seqlens[-1])
         padding = Chunks(rank, end + rank * ((tokens - end) // size), np.full(size, end // size))
         parts = zip((f[nonempty] for f in cut), padding, strict=True)
-        return ContextLayout(size, tokens, Chunks(*map(np.concatenate, parts)), cu_seqlens)
+        return ContextLayout(size, tokens, Chunks(*map(np.concatenate, parts)), cu_seqlens, by_document=True)
 
     @staticmethod
     def contiguous(tokens: int, size: int, cu_seqlens: Integers | None = None) -> "ContextLayout":
@@ -191,6 +197,16 @@ class ContextLayout:
                     is_same = bool(keys.position[j] == queries.position[i])
                     blocks.append(Block(queries.run(i), keys.run(j), causal=is_same))
         return blocks
+
+
+def check_documents(cu_seqlens: Integers, tokens: int) -> None:
+    """Raise ValueError unless the documents follow each other within a stream of so many tokens."""
+    ordered = len(cu_seqlens) > 0 and cu_seqlens[0] == 0 and bool((np.diff(cu_seqlens) >= 0).all())
+    if not ordered or cu_seqlens[-1] > tokens:
+        raise ValueError(
+            f"cu_seqlens={np.array2string(cu_seqlens, threshold=8)} for {tokens} tokens: must start at 0, "
+            f"never fall, and end at or before {tokens}"
+        )
 
 
 def _documents(cu_seqlens: Integers | None, tokens: int) -> Integers:

@@ -11,9 +11,10 @@ what a run really sends (``tests/distributed/test_traffic.py``).
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
-from cca_megatron.attention_rules import exchanged_kv_heads
-from cca_megatron.config import PRESET_HEAD_DIM, PRESET_HIDDEN_SIZE, preset, preset_names
+from cca_megatron.config import PRESET_HEAD_DIM, PRESET_HIDDEN_SIZE, check_config, preset, preset_names
+from cca_megatron.parallel.rules import exchanged_kv_heads
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,15 @@ def comparison(name: str, hidden_size: int, head_dim: int, tp: int, cp: int) -> 
         ValueError: the sizes do not fit the preset.
     """
     heads, cca = preset(name, hidden_size, head_dim)
+    check_config(
+        SimpleNamespace(
+            **heads,
+            hidden_size=hidden_size,
+            tensor_model_parallel_size=tp,
+            context_parallel_size=cp,
+        ),
+        cca,
+    )
     ours = AttentionShape(
         hidden_size, heads["num_attention_heads"], heads["num_query_groups"], head_dim, cca.conv_kernel_sizes
     )

@@ -32,7 +32,13 @@ def argument_problems(args: Namespace) -> list[str]:
     # The other rules calculate with these.
     if not problems:
         problems = config_problems(settings, cca_config_from_args(args))
-        rules = [*_entry_rules(args), *_schedule_rules(args), *_expert_rules(args), *_rotary_rules(args)]
+        rules = [
+            *_entry_rules(args),
+            *_packing_rules(args),
+            *_schedule_rules(args),
+            *_expert_rules(args),
+            *_rotary_rules(args),
+        ]
         problems += [message for is_broken, message in rules if is_broken]
     return problems
 
@@ -49,7 +55,7 @@ def _counts(args: Namespace) -> list[str]:
 
 
 def _entry_rules(args: Namespace) -> _Rules:
-    cp, length = args.context_parallel_size, args.seq_length
+    cp, tp, length = args.context_parallel_size, args.tensor_model_parallel_size, args.seq_length
     return [
         (
             not args.group_query_attention and args.num_query_groups != 1,
@@ -72,24 +78,31 @@ def _entry_rules(args: Namespace) -> _Rules:
             "with --spec cca_megatron.specs cca_decoder_block_spec",
         ),
         (
-            args.sft and args.dataloader_inter_document_masking,
-            "sft with dataloader_inter_document_masking: conversations are kept apart already; drop the "
-            "latter",
-        ),
-        (
             args.reset_attention_mask or args.reset_position_ids,
             "reset_attention_mask, reset_position_ids: Megatron carries them in a mask that causal "
             "attention ignores; --dataloader-inter-document-masking keeps documents apart",
         ),
         (
-            is_packed(args) and args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1,
-            f"micro_batch_size={args.micro_batch_size} with packed documents: Megatron's pipeline sends "
-            "packed micro-batches in the wrong shape; micro_batch_size=1 works",
-        ),
-        (
             cp > 1 and length % (2 * cp),
             f"seq_length={length} with context_parallel_size={cp}: every sequence is cut in {2 * cp} chunks; "
-            f"seq_length={-(-length // (2 * cp)) * 2 * cp} works",
+            f"seq_length={_next_multiple(length, 2 * cp)} works",
+        ),
+        (
+            args.sequence_parallel and length % (cp * tp),
+            f"seq_length={length} with sequence_parallel: must be a multiple of {cp * tp}, "
+            f"context_parallel_size={cp} * tensor_model_parallel_size={tp}; "
+            f"seq_length={_next_multiple(length, 2 * cp * tp)} works",
+        ),
+        (
+            args.mtp_num_layers and cp > 1 and (args.sft or args.eod_mask_loss),
+            f"mtp_num_layers={args.mtp_num_layers} with context_parallel_size={cp} and masked tokens (sft, "
+            "eod_mask_loss): Megatron averages the losses of multi-token prediction by rank, whatever number "
+            "of tokens each has; context_parallel_size=1 works",
+        ),
+        (
+            args.use_megatron_fsdp and args.save and args.swiglu and not (args.bf16 or args.fp16),
+            "use_megatron_fsdp with save and swiglu in fp32: Megatron fails to write that checkpoint; "
+            "bf16=true works",
         ),
         (
             args.bf16 and args.fp16,
@@ -99,6 +112,43 @@ def _entry_rules(args: Namespace) -> _Rules:
             args.split is not None and not re.fullmatch(r"\s*[\d.]+\s*([,/]\s*[\d.]+\s*){0,2}", args.split),
             f"split={args.split!r}: must be up to three weights for training, validation and test; "
             "split=95,5,0 works",
+        ),
+    ]
+
+
+def _packing_rules(args: Namespace) -> _Rules:
+    if not is_packed(args):
+        return []
+    largest = max(args.micro_batch_size, args.eval_micro_batch_size or 0)
+    balancing = args.moe_router_load_balancing_type
+    per_sample = "seq_aux_loss" in (balancing if isinstance(balancing, list) else [balancing])
+    cut_samples = args.context_parallel_size > 1 or args.sequence_parallel
+    comm_types = args.cp_comm_type if isinstance(args.cp_comm_type, list) else [args.cp_comm_type]
+    return [
+        (
+            args.sft and args.dataloader_inter_document_masking,
+            "sft with dataloader_inter_document_masking: conversations are kept apart already; drop the "
+            "latter",
+        ),
+        (
+            args.pipeline_model_parallel_size > 1 and largest > 1,
+            f"micro_batch_size={largest} (or eval_micro_batch_size) with packed documents: Megatron's "
+            "pipeline sends packed micro-batches in the wrong shape; micro_batch_size=1 works",
+        ),
+        (
+            args.num_experts is not None and per_sample and cut_samples and args.micro_batch_size > 1,
+            f"seq_aux_loss with packed documents, micro_batch_size={args.micro_batch_size} and context or "
+            "sequence parallelism: ranks hold parts of samples, which Megatron cannot tell apart; "
+            "micro_batch_size=1 works",
+        ),
+        (
+            args.sft and args.transformer_impl == "transformer_engine" and "a2a+p2p" in comm_types,
+            "cp_comm_type='a2a+p2p' with sft: Transformer Engine has it for plain batches only; 'p2p' works",
+        ),
+        (
+            getattr(args, "cuda_graph_impl", "none") != "none",
+            f"cuda_graph_impl={getattr(args, 'cuda_graph_impl', None)!r} with packed documents: where they "
+            "start differs from batch to batch, and is read on the host; cuda_graph_impl=none works",
         ),
     ]
 
@@ -130,7 +180,7 @@ def _schedule_rules(args: Namespace) -> _Rules:
         (
             not rest and batch is not None and not is_elastic and batch % step,
             f"global_batch_size={batch}: must be a multiple of micro_batch_size={args.micro_batch_size} * "
-            f"{replicas} data-parallel ranks; global_batch_size={-(-(batch or 1) // step) * step} works",
+            f"{replicas} data-parallel ranks; global_batch_size={_next_multiple(batch or 1, step)} works",
         ),
     ]
 
@@ -146,6 +196,12 @@ def _expert_rules(args: Namespace) -> _Rules:
     expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
     size = args.expert_model_parallel_size * expert_tensor * args.pipeline_model_parallel_size
     return [
+        (
+            args.tensor_model_parallel_size > 1 and not args.sequence_parallel,
+            f"num_experts={args.num_experts} with tensor_model_parallel_size="
+            f"{args.tensor_model_parallel_size}: Megatron trains experts under tensor parallelism with "
+            "sequence_parallel only; sequence_parallel=true works",
+        ),
         (
             args.hybrid_layer_pattern is None and not is_pattern,
             f"moe_layer_freq={frequency}: must be a whole number of at least 1 (every n-th layer), or a 0 or "
@@ -188,6 +244,10 @@ def _rotary_rules(args: Namespace) -> _Rules:
             "rotary_percent=0.5",
         ),
     ]
+
+
+def _next_multiple(value: int, of: int) -> int:
+    return -(-value // of) * of
 
 
 def _world(args: Namespace) -> str:

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from dataclasses import Field, fields, replace
+from dataclasses import Field, fields
 from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory
@@ -12,6 +12,8 @@ from cca_megatron.config import CCAConfig
 from cca_megatron.training.device import Device
 
 _PREFIX = "cca_"
+_DERIVED = "packed_zigzag"
+"""The one setting that is no argument here: it follows from Megatron's."""
 
 # What runs without Transformer Engine and Apex: no fused kernels, the local modules.
 _LOCAL_DEFAULTS = {
@@ -39,10 +41,11 @@ def add_arguments(device: Device) -> Callable[[ArgumentParser], ArgumentParser]:
     """
 
     def provider(parser: ArgumentParser) -> ArgumentParser:
-        _CCAArguments(CCAConfig).build_group(parser, "compressed convolutional attention")
+        _CCAArguments(CCAConfig, exclude=[_DERIVED]).build_group(parser, "compressed convolutional attention")
         # CCA is causal: a mask would be built, moved and ignored for every sample.
-        # Megatron 0.19 divides by the evaluation interval and has no default for it; it was 1000 before.
-        parser.set_defaults(create_attention_mask_in_dataloader=False, eval_interval=1000)
+        parser.set_defaults(create_attention_mask_in_dataloader=False)
+        # Megatron 0.19 divides by it and has no default for it any more.
+        parser.set_defaults(eval_interval=1000)
         if device == "cpu":
             parser.set_defaults(**_CPU_DEFAULTS)
         elif not HAVE_TE:
@@ -75,10 +78,9 @@ def cca_config_from_args(args: Namespace) -> CCAConfig:
     How packed documents are cut over context-parallel ranks follows from where they come from: ``--sft``
     pads each for a cut of its own, and documents in pretraining data end anywhere.
     """
-    cca = CCAConfig(**{f.name: getattr(args, _PREFIX + f.name) for f in fields(CCAConfig)})
-    if args.context_parallel_size > 1 and is_packed(args):
-        return replace(cca, packed_zigzag="document" if args.sft else "stream")
-    return cca
+    given = {f.name: getattr(args, _PREFIX + f.name) for f in fields(CCAConfig) if f.name != _DERIVED}
+    crosses_ranks = args.dataloader_inter_document_masking and args.context_parallel_size > 1
+    return CCAConfig(**given, packed_zigzag="stream" if crosses_ranks else "document")
 
 
 def is_packed(args: Namespace) -> bool:

@@ -28,7 +28,8 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from torch import Tensor
 
 from cca_megatron._compat import PackedSeqParams, TransformerConfig
-from cca_megatron.parallel.context import ContextShard, context_shard, host_document_starts
+from cca_megatron.parallel.context import ContextShard
+from cca_megatron.parallel.packed import context_shard, host_document_starts
 from cca_megatron.training.arguments import cca_config_from_args, is_packed
 
 _SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -124,7 +125,9 @@ def forward_step(
     timers("batch-generator", log_level=2).start()
     with _straggler(bdata=True):
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
-        batch, packed_seq_params = _next_batch(data_iterator, get_model_config(model), vp_stage)
+        args = get_args()
+        samples = args.micro_batch_size if model.training else args.eval_micro_batch_size
+        batch, packed_seq_params = _next_batch(data_iterator, get_model_config(model), vp_stage, samples)
     timers("batch-generator").stop()
     tokens, labels, loss_mask, positions, mask = (batch[key] for key in _SEQUENCE_KEYS)
     # Megatron overlaps expert communication by running a plan of the model instead of the model.
@@ -182,9 +185,16 @@ def loss_function(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, di
 
 
 def _next_batch(
-    data_iterator: Iterator[dict[str, Tensor]], config: TransformerConfig, vp_stage: int | None
+    data_iterator: Iterator[dict[str, Tensor]],
+    config: TransformerConfig,
+    vp_stage: int | None,
+    samples: int,
 ) -> tuple[dict[str, Any], PackedSeqParams | None]:
-    """This rank's share of the next micro-batch; None for what its pipeline stage does not need."""
+    """This rank's share of the next micro-batch; None for what its pipeline stage does not need.
+
+    Args:
+        samples: samples in it; the rank that reads it tells the others nothing of its size.
+    """
     args = get_args()
     packed = is_packed(args)
     has_mtp = _has_mtp(config, vp_stage)
@@ -209,7 +219,7 @@ def _next_batch(
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         cp_size=args.context_parallel_size,
         tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=samples,
         seq_length=args.seq_length,
         mtp_on_this_rank=has_mtp,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -218,7 +228,7 @@ def _next_batch(
     )
     batch = flatten_batch_for_packed_sequences(batch)
     packed_seq_params = _packed_seq_params(batch) if packed else None
-    shard = None if packed_seq_params is None else _plan(packed_seq_params)
+    shard = None if packed_seq_params is None else _plan(packed_seq_params, samples)
     if not uses_tokens:
         return dict.fromkeys(_BATCH_KEYS), packed_seq_params
     if packed_seq_params is None:
@@ -233,7 +243,7 @@ def _next_batch(
 
 
 def _packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams:
-    cu_seqlens = batch["cu_seqlens"].squeeze(0)
+    args, cu_seqlens = get_args(), batch["cu_seqlens"].squeeze(0)
     update_seqlen_stats_from_cu_seqlens(cu_seqlens)
     longest = int(batch["max_seqlen"].item())
     return PackedSeqParams(
@@ -242,10 +252,16 @@ def _packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams:
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        # Megatron's balancing losses per sample take the samples apart again, where a rank has all of them.
+        tokens_per_sample=args.seq_length if _has_whole_samples(args) else None,
     )
 
 
-def _plan(packed_seq_params: PackedSeqParams) -> ContextShard | None:
+def _has_whole_samples(args: Namespace) -> bool:
+    return args.context_parallel_size == 1 and not args.sequence_parallel
+
+
+def _plan(packed_seq_params: PackedSeqParams, samples: int) -> ContextShard | None:
     """How the documents lie on the context-parallel ranks; None where there is one rank.
 
     Planned here, where the host waits for the batch anyway, so that no layer reads cu_seqlens.
@@ -253,7 +269,7 @@ def _plan(packed_seq_params: PackedSeqParams) -> ContextShard | None:
     args = get_args()
     host_document_starts(packed_seq_params)
     return context_shard(
-        args.micro_batch_size * args.seq_length // args.context_parallel_size,
+        samples * args.seq_length // args.context_parallel_size,
         mpu.get_context_parallel_group(),
         packed_seq_params.cu_seqlens_q.device,
         packed_seq_params,

@@ -171,6 +171,8 @@ def _parse(path: Path, content: dict[str, Any]) -> Recipe:
     model, megatron = _section(content, "model"), _section(content, "megatron")
     cca_settings = {k.replace("-", "_"): v for k, v in _section(content, "cca").items()}
     arguments = _megatron_settings(model, megatron)
+    if "packed_zigzag" in cca_settings:
+        raise RecipeError("cca.packed_zigzag: follows from how the data is packed here; leave it out")
     try:
         cca = CCAConfig.from_mapping(cca_settings)
         heads = _preset_heads(model, arguments)

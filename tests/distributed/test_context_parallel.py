@@ -1,10 +1,13 @@
 """Context parallelism, alone and with every other axis: whole models against one rank, in fp64."""
 
+import dataclasses
+
 import pytest
 from support.comparison import Model, compare
 from support.megatron import MOE, Layout
 
 from cca_megatron import CCAConfig
+from cca_megatron.doctor import missing_build_tools
 
 STREAM = (1, 2, 3, 0, 7, 19)
 """Documents that end anywhere: of one token, shorter than the kernels, empty, across ranks."""
@@ -26,6 +29,42 @@ COMM_TYPES = ["p2p", "all_gather", "a2a"]
 @pytest.mark.parametrize("comm_type", COMM_TYPES)
 def test_two_ranks(comm_type, packed):
     compare(Layout(cp=2), model(packed, {"cp_comm_type": comm_type}))
+
+
+@pytest.mark.parametrize("comm_type", COMM_TYPES)
+def test_a_cut_of_ones_own(comm_type):
+    """One chunk per rank in order, handed to the layer with its positions."""
+    cca = CCAConfig(conv_kernel_sizes=(3, 2), packed_zigzag="stream")
+    compare(Layout(cp=2), Model({"cp_comm_type": comm_type}, cca, STREAM, padding=2, contiguous=True))
+
+
+@pytest.mark.parametrize("packed", ["documents", "stream"])
+def test_convs_that_mix_across_documents(packed):
+    made = model(packed)
+    cca = dataclasses.replace(made.cca, reset_at_document_start=False)
+    compare(Layout(cp=2), dataclasses.replace(made, cca=cca))
+
+
+@pytest.mark.parametrize("packed", ["batch", "stream"])
+def test_sliding_windows(packed):
+    compare(Layout(cp=2), model(packed, {"window_size": (4, 0), "cp_comm_type": "a2a"}))
+
+
+RECOMPUTE = {
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "mix": {},
+}
+
+
+@pytest.mark.skipif(bool(missing_build_tools()), reason="Megatron compiles a helper for it")
+@pytest.mark.parametrize("comm_type", COMM_TYPES)
+@pytest.mark.parametrize("kind", RECOMPUTE)
+def test_recomputation(kind, comm_type):
+    """Exchanges run again in the backward pass, in the same order on every rank."""
+    made = model("stream", RECOMPUTE[kind] | {"cp_comm_type": comm_type})
+    cca = dataclasses.replace(made.cca, recompute_mix=kind == "mix")
+    compare(Layout(cp=2), dataclasses.replace(made, cca=cca))
 
 
 @pytest.mark.long

@@ -1,11 +1,13 @@
 """The loss of our entry does not depend on where the tokens that count lie."""
 
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
 from support.megatron import Layout, parallel
 
 from cca_megatron.training import batch
@@ -23,9 +25,15 @@ def test_mean_over_all_tokens(monkeypatch, counting):
         rank = batch.mpu.get_context_parallel_rank()
         losses = (torch.arange(8.0) + 8 * rank).cuda()
         mask = (torch.arange(8) < counting[rank]).float().cuda()
-        loss, tokens, report = batch.loss_function(mask, losses)
-        mean = loss / tokens.clamp(min=1) / 2
+        reports = []
+        step = partial(batch.loss_function, mask)
+        # Megatron's schedule; a gradient is then averaged over the ranks, as is the mean here.
+        mean, _ = forward_step_calc_loss(
+            None, losses, step, SimpleNamespace(calculate_per_token_loss=False, timers=None), None, False, 1,
+            reports, cp_group_size=2, is_last_stage=True,
+        )  # fmt: skip
+        mean /= 2
         dist.all_reduce(mean, group=batch.mpu.get_context_parallel_group())
     expected = [*range(counting[0]), *(8 + n for n in range(counting[1]))]
     assert mean.item() == pytest.approx(sum(expected) / len(expected))
-    assert report["lm loss"].tolist() == [sum((losses * mask).tolist()), counting[rank]]
+    assert reports[0]["lm loss"].tolist() == [sum((losses * mask).tolist()), counting[rank]]

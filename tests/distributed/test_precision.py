@@ -18,6 +18,16 @@ CASES = {
     "ring, stream": (Layout(cp=2), Model(**STREAM)),
     "pipeline": (Layout(pp=2), Model()),
 }
+FOUR = {
+    "tensor, ring": (Layout(tp=2, cp=2), Model()),
+    "sequence, all-gather, stream": (
+        Layout(tp=2, cp=2, sp=True),
+        Model({"cp_comm_type": "all_gather"}, **STREAM),
+    ),
+    "ring of four": (Layout(cp=4), Model()),
+    "documents one by one": (Layout(cp=4), Model({"cp_comm_type": "a2a"}, documents=(16, 8, 32))),
+    "beyond the groups": (Layout(tp=4, sp=True), Model()),
+}
 QUICK = ["sequence parallel", "one group", "ring, stream"]
 
 
@@ -28,3 +38,10 @@ QUICK = ["sequence parallel", "one group", "ring, stream"]
 def test_rounding(name, dtype, floor):
     """Logits and every gradient: no more than twice the error of one rank."""
     compare_rounding(*CASES[name], dtype, floor)
+
+
+@pytest.mark.long
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("name", FOUR)
+def test_rounding_over_four_ranks(name):
+    compare_rounding(*FOUR[name], torch.bfloat16, floor=0.0)

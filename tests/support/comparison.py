@@ -27,7 +27,9 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from cca_megatron import CCAConfig
+from cca_megatron.parallel.context import ContextShard
 from cca_megatron.parallel.layout import ContextLayout
+from cca_megatron.parallel.packed import set_context_shard
 from cca_megatron.specs import cca_decoder_block_spec
 from support.closeness import assert_close, relative_error
 from support.megatron import (
@@ -59,6 +61,8 @@ class Model:
     documents: tuple[int, ...] | None = None
     padding: int = 0
     """Tokens after the last document."""
+    contiguous: bool = False
+    """Cut the packed sample in one chunk per rank, which Megatron does not know, and say so to the layer."""
 
     def build(self, layout: Layout, dtype: torch.dtype) -> list[GPTModel]:
         """The chunks of this rank's pipeline stage, on the current layout."""
@@ -80,7 +84,7 @@ class Model:
     def ends(self) -> np.ndarray | None:
         return None if self.documents is None else np.cumsum([0, *self.documents])
 
-    def packing(self) -> dict[str, Any]:
+    def packing(self, cut: ContextLayout, group: dist.ProcessGroup) -> dict[str, Any]:
         """What a packed sample adds to the arguments of the model."""
         if self.documents is None:
             return {}
@@ -93,10 +97,15 @@ class Model:
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
+        if self.contiguous and group.size() > 1:
+            device = torch.device("cuda", torch.cuda.current_device())
+            set_context_shard(packed, ContextShard(cut, group, device))
         return {"packed_seq_params": packed}
 
     def cut(self, tokens: int, size: int) -> ContextLayout:
         """How a sample lies on context-parallel ranks."""
+        if self.contiguous:
+            return ContextLayout.contiguous(tokens, size, self.ends())
         if self.documents is not None and self.cca.packed_zigzag == "document":
             return ContextLayout.zigzag_documents(tokens, size, self.ends())
         return ContextLayout.zigzag(tokens, size, self.ends())
@@ -199,7 +208,7 @@ def forward_backward(model: Model, layout: Layout, ddps: list[DistributedDataPar
     def forward_step(batches: Iterator[Tensor], chunk: DistributedDataParallel) -> tuple[Tensor, Any]:
         batch = next(batches)
         positions = torch.arange(length).cuda().expand(batch.shape[0], -1)
-        out = chunk(batch[:, here], positions[:, here], None, **model.packing())
+        out = chunk(batch[:, here], positions[:, here], None, **model.packing(cut, context))
         return out, partial(loss, batch[:, 1:][:, here])
 
     def loss(labels: Tensor, out: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

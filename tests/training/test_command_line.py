@@ -141,7 +141,7 @@ def test_a_checkpoint_of_another_model_is_refused(trained, override, monkeypatch
 def test_what_is_not_in_the_weights_may_change(trained, monkeypatch):
     folder, path, _ = trained
     monkeypatch.chdir(folder)
-    prepare_command(path, ["cca.packed_zigzag=stream", "cca.recompute_mix=true", "cca.temperature_init=2"])
+    prepare_command(path, ["cca.recompute_mix=true", "cca.temperature_init=2"])
 
 
 @pytest.mark.parametrize(

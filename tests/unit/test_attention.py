@@ -246,6 +246,21 @@ def test_recomputing_the_mix_changes_nothing(core, monkeypatch):
         assert_close(name, gradient, again[1][name], 1e-14)
 
 
+@pytest.mark.skipif(bool(missing_build_tools()), reason="Megatron compiles a helper for it")
+def test_convs_learn_behind_a_frozen_projection_with_recomputation():
+    x = hidden_states().detach()
+    gradients = []
+    for recompute in (False, True):
+        module = attention(CCAConfig(recompute_mix=recompute))
+        module.linear_qkv.weight.requires_grad_(False)
+        out, _ = module(x, None, rotary_pos_emb=ANGLES.cuda())
+        out.sum().backward()
+        gradients.append([p.grad for p in module.parameters(recurse=False)])
+    for plain, again in zip(*gradients, strict=True):
+        assert plain.any()
+        assert torch.equal(plain, again)
+
+
 def test_checkpoint_holds_every_parameter_under_its_name():
     module = attention()
     state = module.sharded_state_dict(prefix="attention.")

@@ -52,7 +52,13 @@ PROBLEMS = [
     (CP2 | {"hybrid_context_parallel": True}, {}, "hybrid_context_parallel=True.*=False works"),
     (CP2 | {"cp_comm_type": "a2a+p2p"}, {}, "cp_comm_type='a2a\\+p2p': .*'p2p' works"),
     (CP2 | {"attention_dropout": 0.1}, {}, "attention_dropout=0.1 .*attention_dropout=0 works"),
-    (CP2 | {"window_size": (8, 0)}, {}, "window_size=.*with 'a2a' only"),
+    (CP2 | {"window_size": (8, 0)}, {}, "window_size=.*cp_comm_type='p2p'.*cp_comm_type='a2a' works"),
+    (
+        CP2 | {"window_size": (8, 0), "transformer_impl": "transformer_engine"},
+        {},
+        "window_size=.*cp_comm_type='p2p'.*cp_comm_type='all_gather' works",
+    ),
+    ({"context_parallel_size": 0}, {}, "context_parallel_size=0: .* at least 1"),
     (
         CP2 | {"cp_comm_type": "a2a", "num_attention_heads": 3, "num_query_groups": 3},
         {},
@@ -119,6 +125,10 @@ def test_the_value_in_the_message_works(bad):
         name, value = message.split("; ")[-1].removesuffix(" works").split(", so ")[0].split("=")
         bad = bad | {name: {"False": False}.get(value) if value == "False" else int(value)}
     assert not config_problems(changed(**bad), CCAConfig())
+
+
+def test_a_window_that_is_none_is_no_window():
+    assert not config_problems(changed(**CP2, window_size=(-1, 0)), CCAConfig())
 
 
 def test_odd_sizes_fit_without_the_value_shift():

@@ -1,6 +1,7 @@
 """Datasets: what goes in comes out, whole or not at all."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from cca_megatron.data.bigram import bigram_cross_entropy
 from cca_megatron.data.prepare import dataset_files, prepare, read_manifest
 from cca_megatron.data.sources import DataError, find_units
 from cca_megatron.data.tokenizer import load_encoder, megatron_arguments
+from cca_megatron.data.workers import map_in_order
 
 EOD = 256
 
@@ -169,15 +171,34 @@ def test_a_prefix_needs_a_name(tmp_path, prefix):
 def test_a_dead_worker_is_reported(tmp_path, monkeypatch):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("text")
-    monkeypatch.setattr(prepare_module, "_encode_in_worker", _die)
-    with pytest.raises(DataError, match="a worker process died"):
+    monkeypatch.setattr(prepare_module, "_encoder_of_units", _deadly)
+    with pytest.raises(DataError, match="a worker process died of status 3, perhaps for lack of memory"):
         make([tmp_path], tmp_path / "o" / "d", workers=2)
 
 
-def _die(unit):
-    import os
+def _deadly(tokenizer, text_key):
+    return lambda unit: os._exit(3)
 
-    os._exit(1)
+
+def test_workers_keep_the_order_and_hand_on_exceptions():
+    items = list(range(40))
+    assert list(map_in_order(_squares, items, workers=3)) == [(n, n * n) for n in items]
+    with pytest.raises(ZeroDivisionError):
+        list(map_in_order(_inverses, items, workers=2))
+    with pytest.raises(LookupError, match="no function"):
+        list(map_in_order(_no_function, items, workers=2))
+
+
+def _squares():
+    return lambda n: time.sleep(0.01 * (n % 3)) or n * n
+
+
+def _inverses():
+    return lambda n: 1 / n
+
+
+def _no_function():
+    raise LookupError("no function")
 
 
 def test_progress_reaches_the_end(tmp_path):

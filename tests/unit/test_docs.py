@@ -19,6 +19,10 @@ def test_traffic_tables(tp, cp, table):
     assert table.strip() == comparison("zaya1_8b", 2048, 128, int(tp), int(cp))
 
 
+def test_there_are_tables():
+    assert len(TABLES) == PARALLELISM.count("<!-- python") == 2
+
+
 def test_links_lead_somewhere():
     for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):

@@ -115,6 +115,9 @@ def test_zigzag_gives_every_rank_the_same_work():
             lambda: ContextLayout.zigzag_documents(5, 2, np.array([0, 4])),
             "1 tokens of padding after the last document",
         ),
+        (lambda: ContextLayout.zigzag(8, 2, np.array([0, 4, 12])), r"cu_seqlens=\[ 0  4 12\] for 8 tokens"),
+        (lambda: ContextLayout.zigzag_documents(8, 2, np.array([4, 8])), "must start at 0, never fall"),
+        (lambda: ContextLayout.contiguous(8, 2, np.array([0, 6, 4])), "must start at 0, never fall"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(make, message):

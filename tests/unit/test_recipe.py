@@ -170,6 +170,7 @@ REFUSED = {
     "hidden_size=100 with head_dim=128: .* hidden_size=1024 works": {
         "model": {"preset": "cca_8x", "hidden-size": 100}
     },
+    "cca.packed_zigzag: follows from how": {"cca": {"packed_zigzag": "stream"}},
     "cca-temperature: is a CCA setting; set cca.temperature": {"megatron": {"cca-temperature": "exp"}},
     "data.inputs=5: must be a path or a list of paths": {"data": {"inputs": 5}},
     "lr is set twice": {"model": {"lr": 1}, "megatron": {"lr": 2}},
@@ -227,6 +228,7 @@ def test_a_malformed_override_is_refused(override):
 
 
 ROPE = {"position-embedding-type": "rope"}
+CONTEXT = {"context-parallel-size": 2, "attention-dropout": 0}
 WRONG = {
     "unknown Megatron argument 'seq-lenth'; did you mean 'seq-length'": {"megatron": {"seq-lenth": 1}},
     "swiglu='yes': is a flag; use true or false": {"megatron": {"swiglu": "yes"}},
@@ -293,6 +295,36 @@ WRONG = {
     "cca.conv0=0: must be true or false": {"cca": {"conv0": 0}},
     "cca.temperature=None: must be 'linear' or 'exp'": {"cca": {"temperature": None}},
     "output=.*: is a file; choose a folder": {"output": __file__},
+    "seq_length=15 with sequence_parallel: must be a multiple of 2, .*seq_length=16 works": {
+        "megatron": {"seq-length": 15, "tensor-model-parallel-size": 2, "sequence-parallel": True},
+        "launch": {"gpus_per_node": 2},
+    },
+    "num_experts=4 with tensor_model_parallel_size=2: .*sequence_parallel=true works": {
+        "megatron": {"num-experts": 4, "tensor-model-parallel-size": 2},
+        "launch": {"gpus_per_node": 2},
+    },
+    "mtp_num_layers=1 with context_parallel_size=2 and masked tokens": {
+        "megatron": {"mtp-num-layers": 1, "sft": True} | CONTEXT,
+        "launch": {"gpus_per_node": 2},
+    },
+    "mtp_num_layers=1 with packed documents that cross": {
+        "megatron": {"mtp-num-layers": 1, "dataloader-inter-document-masking": True} | CONTEXT,
+        "launch": {"gpus_per_node": 2},
+    },
+    "seq_aux_loss with packed documents, micro_batch_size=2 and context": {
+        "megatron": {
+            "num-experts": 4,
+            "moe-router-load-balancing-type": "seq_aux_loss",
+            "micro-batch-size": 2,
+        }
+        | {"sft": True}
+        | CONTEXT,
+        "launch": {"gpus_per_node": 2},
+    },
+    "use_megatron_fsdp with save and swiglu in fp32: .*bf16=true works": {
+        "megatron": {"use-megatron-fsdp": True, "swiglu": True, "save": "x"}
+    },
+    "cuda_graph_impl='local' with packed documents": {"megatron": {"cuda-graph-impl": "local", "sft": True}},
     # Megatron's own rules, with and without a message of their own
     "Megatron says: max_position_embeddings": {"megatron": {"seq-length": 64}},
     "Megatron says: the rule `assert args.global_batch_size > 0` does not hold": {
@@ -317,13 +349,14 @@ def test_groups_need_megatrons_flag():
         command(megatron={"group-query-attention": False})
 
 
-def test_packed_pipelines_need_single_samples():
+@pytest.mark.parametrize("name", ["micro-batch-size", "eval-micro-batch-size"])
+def test_packed_pipelines_need_single_samples(name):
     settings = {
         "dataloader-inter-document-masking": True,
         "pipeline-model-parallel-size": 2,
-        "micro-batch-size": 2,
+        name: 2,
     }
-    with pytest.raises(RecipeError, match="micro_batch_size=2 with packed documents"):
+    with pytest.raises(RecipeError, match="micro_batch_size=2 .*with packed documents"):
         command(megatron=settings, launch={"gpus_per_node": 2})
 
 

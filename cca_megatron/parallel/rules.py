@@ -93,10 +93,10 @@ def _local_problems(config: Any, comm_type: str) -> list[str]:
             f"attention_dropout={config.attention_dropout} with context_parallel_size={size}: the local "
             "core attention has no dropout there; attention_dropout=0 works"
         )
-    if getattr(config, "window_size", None) and comm_type != "a2a":
+    if _has_window(config) and comm_type != "a2a":
         problems.append(
             f"window_size={config.window_size} with cp_comm_type={comm_type!r}: the local core attention "
-            "has sliding windows under context parallelism with 'a2a' only"
+            "has sliding windows under context parallelism with one way only; cp_comm_type='a2a' works"
         )
     return problems
 
@@ -104,9 +104,20 @@ def _local_problems(config: Any, comm_type: str) -> list[str]:
 def _te_problems(config: Any, comm_type: str) -> list[str]:
     _, kv_heads = _heads_per_rank(config)
     size = config.context_parallel_size
+    problems = []
     if comm_type == "a2a" and kv_heads % size:
-        return [
+        problems.append(
             f"cp_comm_type='a2a' with {kv_heads} KV heads on each tensor-parallel rank: Transformer Engine "
             f"needs a multiple of context_parallel_size={size}; cp_comm_type='p2p' works"
-        ]
-    return []
+        )
+    if _has_window(config) and comm_type in ("p2p", "a2a+p2p"):
+        problems.append(
+            f"window_size={config.window_size} with cp_comm_type={comm_type!r}: Transformer Engine has no "
+            "sliding windows around a ring; cp_comm_type='all_gather' works"
+        )
+    return problems
+
+
+def _has_window(config: Any) -> bool:
+    window = getattr(config, "window_size", None)
+    return window is not None and window[0] >= 0
