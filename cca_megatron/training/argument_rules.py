@@ -100,9 +100,19 @@ def _entry_rules(args: Namespace) -> _Rules:
             "of tokens each has; context_parallel_size=1 works",
         ),
         (
-            args.use_megatron_fsdp and args.save and args.swiglu and not (args.bf16 or args.fp16),
-            "use_megatron_fsdp with save and swiglu in fp32: Megatron fails to write that checkpoint; "
-            "bf16=true works",
+            args.use_megatron_fsdp and args.save and not HAVE_TE,
+            "use_megatron_fsdp with save: without Transformer Engine a rank that holds no part of a weight "
+            "has no optimizer state for it, and Megatron's save would wait for that state for ever; install "
+            "Transformer Engine, or use_megatron_fsdp=false works",
+        ),
+        (
+            args.mtp_num_layers
+            and args.pipeline_model_parallel_size > 1
+            and (args.save or args.load)
+            and not args.untie_embeddings_and_output_weights,
+            f"mtp_num_layers={args.mtp_num_layers} with pipeline_model_parallel_size="
+            f"{args.pipeline_model_parallel_size} and checkpoints: Megatron cannot write tied embeddings "
+            "there; untie_embeddings_and_output_weights=true works",
         ),
         (
             args.bf16 and args.fp16,

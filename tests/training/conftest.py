@@ -72,13 +72,15 @@ class CommonStart:
         save = ["--train-iters", "1", "--save", f"{folder}/save", "--save-interval", "1", "--no-save-optim"]
         pretrain(1, *save, *_padding([]), model=model)
         self._load = ["--load", f"{folder}/save", "--finetune", "--no-load-optim", "--no-load-rng"]
-        self.curve = self.train(1, [], folder / "one")
+        self.curve, self.validation = self.train(1, [], folder / "one")
 
-    def train(self, processes: int, arguments: list[str], folder: Path) -> dict[int, float]:
-        """Losses of a run in this layout."""
+    def train(
+        self, processes: int, arguments: list[str], folder: Path
+    ) -> tuple[dict[int, float], dict[int, float]]:
+        """Training and validation losses of a run in this layout."""
         log = ["--tensorboard-dir", str(folder / "log")]
         pretrain(processes, *self._load, *arguments, *_padding(arguments), *log, model=self._model)
-        return losses(folder / "log")
+        return losses(folder / "log"), losses(folder / "log", "lm loss validation")
 
 
 def _padding(arguments: list[str]) -> list[str]:
@@ -88,8 +90,10 @@ def _padding(arguments: list[str]) -> list[str]:
     return ["--make-vocab-size-divisible-by", str(4 // size)]
 
 
-def losses(tensorboard: Path) -> dict[int, float]:
-    """Training loss by iteration, as logged."""
+def losses(tensorboard: Path, tag: str = "lm loss") -> dict[int, float]:
+    """Training loss by iteration, as logged; empty if there is none."""
     events = EventAccumulator(str(tensorboard), size_guidance={"scalars": 0})
     events.Reload()
-    return {event.step: event.value for event in events.Scalars("lm loss")}
+    if tag not in events.Tags()["scalars"]:
+        return {}
+    return {event.step: event.value for event in events.Scalars(tag)}

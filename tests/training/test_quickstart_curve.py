@@ -50,7 +50,7 @@ def start(dataset, tmp_path_factory):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_same_curve(name, start, tmp_path, record_property):
     processes, arguments = LAYOUTS[name]
-    got = start.train(processes, arguments.split(), tmp_path)
+    got, _ = start.train(processes, arguments.split(), tmp_path)
     assert sorted(got) == sorted(start.curve) == list(range(1, STEPS + 1))
     assert start.curve[STEPS] < start.curve[1] - 1
     difference = max(abs(got[step] - loss) / loss for step, loss in start.curve.items())

@@ -6,7 +6,7 @@ import pytest
 from training.conftest import MODEL, CommonStart, losses, pretrain
 
 STEPS = 5
-RUN = f"--train-iters {STEPS} --micro-batch-size 2 --global-batch-size 4".split()
+RUN = f"--train-iters {STEPS} --micro-batch-size 2 --global-batch-size 4 --eval-interval {STEPS}".split()
 DOCUMENTS = ["--dataloader-inter-document-masking"]
 EXPERTS = """
     --num-experts 4 --moe-router-topk 2 --moe-layer-freq [0,1] --moe-ffn-hidden-size 24
@@ -63,9 +63,25 @@ VARIANTS = {
         "--context-parallel-size 2 --cp-comm-type a2a",
     ),
     "experts, context": ("experts", 2, "--context-parallel-size 2 --expert-model-parallel-size 2"),
-    "predictions, context": ("predictions", 2, "--context-parallel-size 2"),
     "predictions, tensor": ("predictions", 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "predictions, pipeline": ("predictions", 2, "--pipeline-model-parallel-size 2"),
+    "documents, context, evaluation by one": (
+        "documents",
+        2,
+        "--context-parallel-size 2 --cp-comm-type all_gather --eval-micro-batch-size 1 --cca-recompute-mix",
+    ),
+    "tensor, evaluation by one": (
+        "dense",
+        2,
+        "--tensor-model-parallel-size 2 --sequence-parallel --eval-micro-batch-size 1",
+    ),
+    "context, full recompute": (
+        "dense",
+        2,
+        "--context-parallel-size 2 --recompute-granularity full --recompute-method uniform"
+        " --recompute-num-layers 1",
+    ),
+    "expert documents, balanced by sample": ("expert documents", 2, "--expert-model-parallel-size 2"),
     "documents, pipeline": ("documents", 2, "--pipeline-model-parallel-size 2 --micro-batch-size 1"),
     "experts, all-to-all": (
         "experts",
@@ -79,13 +95,19 @@ VARIANTS = {
     ),
     "experts, pipeline": ("experts", 2, "--pipeline-model-parallel-size 2"),
 }
+QUICK = ["documents, context, evaluation by one"]
 MODELS = {
     "dense": [],
     "one group": ["--num-query-groups", "1", "--clip-grad", "0.1"],
     "documents": DOCUMENTS,
     "experts": EXPERTS,
+    "expert documents": [
+        *DOCUMENTS,
+        *EXPERTS[:-1],
+        *("0.1", "--moe-router-load-balancing-type", "seq_aux_loss"),
+    ],
     "conversations": ["--sft"],
-    "predictions": ["--mtp-num-layers", "1"],
+    "predictions": ["--mtp-num-layers", "1", "--untie-embeddings-and-output-weights"],
 }
 
 
@@ -129,12 +151,15 @@ def starts(dataset, conversations, tmp_path_factory):
     return start
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in VARIANTS]
+)
 def test_same_curve_as_one_process(name, starts, tmp_path):
     model, processes, arguments = VARIANTS[name]
     start = starts(model)
-    got = start.train(processes, arguments.split(), tmp_path)
+    got, validation = start.train(processes, arguments.split(), tmp_path)
+    assert start.validation
+    assert validation == pytest.approx(start.validation, rel=1e-5)
     assert sorted(got) == sorted(start.curve) == list(range(1, STEPS + 1))
     assert start.curve[STEPS] < start.curve[1]
     for step, loss in start.curve.items():

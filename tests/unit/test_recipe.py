@@ -321,8 +321,11 @@ WRONG = {
         | CONTEXT,
         "launch": {"gpus_per_node": 2},
     },
-    "use_megatron_fsdp with save and swiglu in fp32: .*bf16=true works": {
-        "megatron": {"use-megatron-fsdp": True, "swiglu": True, "save": "x"}
+    "mtp_num_layers=1 with pipeline_model_parallel_size=2 and checkpoints: .*untie": {
+        "megatron": {"mtp-num-layers": 1, "pipeline-model-parallel-size": 2, "save": "x"}
+    },
+    "use_megatron_fsdp with save: .*install Transformer Engine": {
+        "megatron": {"use-megatron-fsdp": True, "save": "x"}
     },
     "cuda_graph_impl='local' with packed documents": {"megatron": {"cuda-graph-impl": "local", "sft": True}},
     # Megatron's own rules, with and without a message of their own
