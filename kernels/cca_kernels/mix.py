@@ -1,17 +1,24 @@
 """The public op: checks its inputs and hands them to a backend."""
 
-from collections.abc import Callable
+import logging
+import os
+from functools import cache
 
 from torch import Tensor
 
 from cca_kernels.reference import Boundary, MixOptions, MixWeights, cca_mix_reference
+from cca_kernels.triton.support import can_run, kernel_problems
 
-_BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {"reference": cca_mix_reference}
+BACKENDS = ("reference", "triton")
+VARIABLE = "CCA_KERNELS"
+"""Environment variable that ``backend="auto"`` obeys: auto, reference or triton."""
+
+_logger = logging.getLogger(__name__)
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names that ``cca_mix(..., backend=...)`` accepts here, besides ``"auto"``."""
-    return tuple(_BACKENDS)
+    """Those of ``BACKENDS`` that can run here."""
+    return BACKENDS if can_run() else BACKENDS[:1]
 
 
 def cca_mix(
@@ -27,16 +34,42 @@ def cca_mix(
     """Convs, query-key mean, norm, temperature, RoPE and value shift in one call.
 
     Arguments, shapes and results are those of :func:`cca_kernels.cca_mix_reference`, which defines
-    them. ``backend="auto"`` takes the fastest one that serves the device.
+    them. ``backend="auto"`` takes the fused kernels on a GPU and the reference elsewhere, or what the
+    environment variable ``CCA_KERNELS`` says. Where the kernels do not take a call, ``"auto"`` falls back to
+    the reference and says so once in the log; ``"triton"`` is an error then.
 
     Raises:
-        ValueError: a shape or an option does not fit; the message names it and what would.
+        ValueError: a shape or an option does not fit, or the backend does not take it; the message names it
+            and what would.
     """
     _check(mixed, weights, options, rotary, cu_seqlens, boundary)
-    name = "reference" if backend == "auto" else backend
-    if name not in _BACKENDS:
-        raise ValueError(f"backend={backend!r} is not available; use one of {('auto', *_BACKENDS)}")
-    return _BACKENDS[name](mixed, weights, options, rotary=rotary, cu_seqlens=cu_seqlens, boundary=boundary)
+    mix = cca_mix_reference
+    if _choose(backend, mixed, weights) == "triton":
+        from cca_kernels.triton.operator import fused_mix as mix  # Triton is optional
+    return mix(mixed, weights, options, rotary=rotary, cu_seqlens=cu_seqlens, boundary=boundary)
+
+
+def _choose(backend: str, mixed: Tensor, weights: MixWeights) -> str:
+    source, asked = f"backend={backend!r}", backend
+    if backend == "auto":
+        asked = os.environ.get(VARIABLE, "auto")
+        source = f"{VARIABLE}={asked}"
+    if asked not in ("auto", *BACKENDS):
+        raise ValueError(f"{source} is unknown; use one of {('auto', *BACKENDS)}")
+    if asked == "reference" or (asked == "auto" and not mixed.is_cuda):
+        return "reference"
+    problems = kernel_problems(mixed, weights)
+    if problems and asked == "triton":
+        raise ValueError(f"{source}: the fused kernels do not take this call; " + "; ".join(problems))
+    if problems:
+        _log_once("the CCA mix runs without fused kernels: " + "; ".join(problems))
+        return "reference"
+    return "triton"
+
+
+@cache
+def _log_once(message: str) -> None:
+    _logger.warning(message)
 
 
 def _check(

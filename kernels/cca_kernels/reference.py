@@ -83,6 +83,8 @@ class MixOptions:
 
     For a tensor-parallel rank that shares a group: it needs all latents for the mean of the key.
     """
+    output_order: Literal["sbhd", "bshd", "bhsd"] = "sbhd"
+    """How q, k and v lie in memory; their shape is [S, B, heads, D] in any case."""
 
 
 def cca_mix_reference(
@@ -145,7 +147,14 @@ def cca_mix_reference(
     if cu_seqlens is not None:
         is_padding = torch.arange(tokens, device=mixed.device) >= cu_seqlens[-1]
         q, k, v = (x.masked_fill(is_padding[:, None, None, None], 0) for x in (q, k, v))
+    q, k, v = (_lay_out(x, options.output_order) for x in (q, k, v))
     return q, k, v
+
+
+def _lay_out(x: Tensor, order: str) -> Tensor:
+    """The same [S, B, heads, D], in memory in this order of axes."""
+    axes = ["sbhd".index(axis) for axis in order]
+    return x.permute(axes).contiguous().permute([order.index(axis) for axis in "sbhd"])
 
 
 def _select_heads(

@@ -1,0 +1,195 @@
+"""Compile every shipped config without a GPU and look at what came out.
+
+``python -m cca_kernels.triton.ahead_of_time`` prints registers, shared memory and tensor-core instructions of
+each kernel as a Markdown table, and fails if one spills or asks for more shared memory than there is.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from cca_kernels.triton.configs import TABLE, Config, safe_config
+from cca_kernels.triton.launch import Inputs, Launch, Settings
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes that one program may use, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_MULTIPLIES = {"mix_kernel", "latent_gradient_kernel", "filter_gradient_kernel"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel, compiled."""
+
+    kernel: str
+    variant: str
+    arch: int
+    dtype: str
+    dim: int
+    registers: int
+    shared: int
+    spills: int
+    """Local-memory loads and stores in the machine code."""
+    tensor_core: int
+    """HGMMA, HMMA and Blackwell's UTC*MMA instructions."""
+    wgmma: int
+
+    def problems(self) -> list[str]:
+        """What a shipped kernel must not have."""
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} spilled accesses")
+        if self.shared > SHARED_MEMORY[self.arch]:
+            found.append(f"{self.shared} bytes of shared memory")
+        products = self.kernel in _MULTIPLIES and self.dtype != "float32"
+        if products and not (self.wgmma if self.arch == 90 else self.tensor_core):
+            found.append("no tensor-core instruction")
+        return found
+
+
+class _Driver:
+    """As much of a driver as compiling needs; the number of the device is the architecture."""
+
+    def __init__(self, arch: int):
+        self._arch = arch
+
+    def get_current_device(self) -> int:
+        return self._arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._arch, 32)
+
+
+class _Compiling(Launch):
+    """Compiles what a launch would start."""
+
+    def __init__(self, inputs: Inputs, settings: Settings, config: Config):
+        super().__init__(inputs, settings, config)
+        self.compiled: list[tuple[str, dict[str, Any], Any]] = []
+
+    def _start(self, kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+        self.compiled.append((kernel.__name__, options, kernel.warmup(*args, grid=(programs,), **options)))
+
+
+def compile_config(
+    arch: int, dtype: torch.dtype, dim: int, config: Config, *, packed: bool = False, boundary: bool = False
+) -> Iterator[Compiled]:
+    """Compile all kernels of one shape class: 8 query and 2 key heads, K0 = K1 = 2, half-width RoPE."""
+    queries, groups, tokens = 4, 2, 4096
+    channels, segments = groups * (queries + 1) * dim, 4
+
+    def make(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    inputs = Inputs(
+        mixed=make(tokens, 1, groups, queries + 2, dim),
+        conv0=make(channels, 1, 2),
+        bias0=make(channels),
+        conv1=make(channels, dim, 2),
+        bias1=make(channels),
+        temperature=make(groups),
+        cos=make(tokens, 1, 1, dim // 2, dtype=torch.float32),
+        sin=make(tokens, 1, 1, dim // 2, dtype=torch.float32),
+        cu_seqlens=make(segments + 1, dtype=torch.int32) if packed else None,
+        before=make(segments, 2, 1, groups, queries + 1, dim) if boundary else None,
+        value_before=make(segments, 1, groups * dim // 2) if boundary else None,
+    )
+    settings = Settings(True, groups * dim // 2, False, False, 0, queries, "sbhd")
+    triton.runtime.driver.set_active(_Driver(arch))
+    launch = _Compiling(inputs, settings, config)
+    q, k, v, norms = launch.forward()
+    launch.backward(q, k, v, q, k, norms)
+    for kernel, options, compiled in launch.compiled:
+        names = {"KEY": "key", "BOUNDARY": "boundary", "BEFORE": "before", "RECOVER_BELOW": "recover"}
+        words = [name for option, name in names.items() if options.get(option)]
+        yield _inspect(kernel, " ".join(words), arch, str(dtype).removeprefix("torch."), dim, compiled)
+
+
+def _inspect(kernel: str, variant: str, arch: int, dtype: str, dim: int, compiled: Any) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(compiled.asm["cubin"])
+        binary.flush()
+        usage, code = (
+            subprocess.run(
+                [_TOOLS / tool, option, binary.name], capture_output=True, text=True, check=True
+            ).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers of {kernel}: {usage}")
+
+    def count(pattern: str) -> int:
+        return len(re.findall(rf"\b(?:{pattern})\b", code))
+
+    return Compiled(
+        kernel,
+        variant,
+        arch,
+        dtype,
+        dim,
+        registers=int(registers[1]),
+        shared=compiled.metadata.shared,
+        spills=count("LDL|STL"),
+        tensor_core=count(r"HGMMA|HMMA|UTC\w*MMA"),
+        wgmma=count("HGMMA"),
+    )
+
+
+def shipped(arches: list[int], dtypes: list[torch.dtype], dims: list[int]) -> Iterator[Compiled]:
+    """Every config of the table and the safe one, compiled."""
+    for arch in arches:
+        for dtype in dtypes:
+            for dim in dims:
+                config = TABLE.get((arch, dtype.itemsize, dim)) or safe_config(dtype, dim)
+                yield from compile_config(arch, dtype, dim, config)
+
+
+def table(rows: list[Compiled]) -> str:
+    """Markdown, one line per kernel."""
+    lines = [
+        "| kernel | sm | dtype | D | registers | shared KiB | tensor-core instructions |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for c in rows:
+        name = f"{c.kernel.removesuffix('_kernel')} {c.variant}".strip()
+        lines.append(
+            f"| {name} | {c.arch} | {c.dtype} | {c.dim} | {c.registers} | {c.shared / 1024:.1f} "
+            f"| {c.tensor_core} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Print the table; 1 if a kernel breaks a rule."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_MEMORY))
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float16", "float32"])
+    parser.add_argument("--dim", type=int, nargs="+", default=[64, 128, 256])
+    args = parser.parse_args()
+    rows = list(shipped(args.arch, [getattr(torch, name) for name in args.dtype], args.dim))
+    print(table(rows))
+    broken = [(row, row.problems()) for row in rows if row.problems()]
+    for row, problems in broken:
+        print(
+            f"error: {row.kernel} {row.variant} sm_{row.arch} {row.dtype} D={row.dim}: {', '.join(problems)}",
+            file=sys.stderr,
+        )
+    return bool(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
