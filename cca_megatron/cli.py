@@ -1,4 +1,4 @@
-"""The command line: ``cca-megatron train | data | doctor``.
+"""The command line: ``cca-megatron train | data | doctor | bench``.
 
 Imports are inside the commands, so that ``--help`` answers at once.
 """
@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cca_megatron.bench.command import app as bench_app
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -25,6 +27,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Make datasets for Megatron.")
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 console = Console(highlight=False)
 
 

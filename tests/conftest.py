@@ -9,6 +9,7 @@ import hypothesis
 from cca_megatron.training.device import select_device
 
 if select_device() == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined: they run on a CPU, to be tested
     from cca_megatron.training import cpu_backend
 
     cpu_backend.install()

@@ -36,7 +36,7 @@ REFUSED = {
     "even width": {"rotary": (TABLE[..., :3], TABLE[..., :3])},
     "cu_seqlens has shape": {"cu_seqlens": torch.tensor([0.0, 5.0])},
     "boundary.latents has shape": {"boundary": Boundary(torch.randn(1, 2), torch.randn(1, 1, 4))},
-    "backend='gpu' is not available": {"backend": "gpu"},
+    "backend='gpu' is unknown": {"backend": "gpu"},
 }
 
 

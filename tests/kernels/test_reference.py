@@ -6,61 +6,20 @@ from itertools import pairwise
 import pytest
 import torch
 from support.closeness import assert_close, relative_error
+from support.mix_cases import (
+    assert_same,
+    gradients,
+    random_boundary,
+    random_mixed,
+    random_rotary,
+    random_weights,
+)
 from support.naive_cca import naive_mix
 
 import cca_kernels.reference as reference
 from cca_kernels import Boundary, MixOptions, MixWeights, cca_mix, cca_mix_reference
 
 DOUBLE = torch.float64
-
-
-def random_weights(groups, queries, dim, k0=2, k1=2, *, conv0=True, conv1=True, bias=True, dtype=DOUBLE):
-    channels = groups * (queries + 1) * dim
-
-    def draw(*shape):
-        return torch.randn(*shape, dtype=dtype, requires_grad=True)
-
-    return MixWeights(
-        draw(channels, 1, k0) if conv0 else None,
-        draw(channels) if conv0 and bias else None,
-        draw(channels, dim, k1) if conv1 else None,
-        draw(channels) if conv1 and bias else None,
-        draw(groups),
-    )
-
-
-def random_mixed(tokens, groups, queries, dim, batch=2, dtype=DOUBLE):
-    return torch.randn(tokens, batch, groups, queries + 2, dim, dtype=dtype, requires_grad=True)
-
-
-def random_rotary(tokens, width, batch=1):
-    angles = torch.randn(tokens, batch, 1, width // 2, dtype=DOUBLE)
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos(), angles.sin()
-
-
-def gradients(function, mixed, weights, options, **inputs):
-    """Outputs, and the gradients of a random scalar of them with respect to every input."""
-    outputs = function(mixed, weights, options, **inputs)
-    boundary = inputs.get("boundary")
-    leaves = {"mixed": mixed, **{n: w for n, w in weights._asdict().items() if w is not None}}
-    if boundary is not None:
-        leaves |= {f"boundary.{n}": x for n, x in boundary._asdict().items()}
-    generator = torch.Generator().manual_seed(7)
-    scalar = sum((x * torch.randn(x.shape, dtype=x.dtype, generator=generator)).sum() for x in outputs)
-    grads = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True)
-    return outputs, dict(zip(leaves, grads, strict=True))
-
-
-def assert_same(ours, theirs, bound=1e-12):
-    """Outputs and gradients of two implementations agree."""
-    for name, a, b in zip("qkv", theirs[0], ours[0], strict=True):
-        assert_close(name, a, b, bound)
-    for name, grad in theirs[1].items():
-        if grad is None or not grad.any():
-            assert ours[1][name] is None or not ours[1][name].any(), f"gradient of {name} is not zero"
-        else:
-            assert_close(f"gradient of {name}", grad, ours[1][name], bound)
 
 
 def compare(mixed, weights, options, bound=1e-12, **inputs):
@@ -121,12 +80,6 @@ def test_documents_are_independent(ends, kernel_sizes):
         rotary=random_rotary(7, 4),
         cu_seqlens=cu_seqlens,
     )
-
-
-def random_boundary(segments, weights, groups, queries, dim, delayed, batch=1):
-    shape = (segments, weights.boundary_rows, batch, groups, queries + 1, dim)
-    latents = torch.randn(shape, dtype=DOUBLE, requires_grad=True)
-    return Boundary(latents, torch.randn(segments, batch, delayed, dtype=DOUBLE, requires_grad=True))
 
 
 @pytest.mark.parametrize("ends", [None, [0, 4, 7], [0, 1, 1, 6]])

@@ -12,6 +12,8 @@ from cca_kernels.triton.blocks import (
     temperature_of,
 )
 
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+
 
 @triton.jit
 def convolve(
@@ -109,9 +111,8 @@ def mix_kernel(
 
     # Below the smallest normal number squares have underflowed: such a row counts as zero.
     square = tl.sum(z * z, 1)
-    inverse = tl.where(
-        real & (square > 1.17549435e-38), 1.0 / tl.sqrt(tl.maximum(square, 1.17549435e-38)), 0.0
-    )
+    is_zero = (square <= SMALLEST_NORMAL) | ~real
+    inverse = tl.where(is_zero, 0.0, 1.0 / tl.sqrt(tl.where(is_zero, 1.0, square)))
     if RECOVER_BELOW == 0:
         norms = inverse_norms + (row.to(tl.int64) * GROUPS + group) * (COUNT + 1) + head
         tl.store(norms, inverse, mask=alive)

@@ -1,0 +1,208 @@
+"""From stored results to plots and to the table in the README. Every figure comes from a result file."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cca_megatron.bench.results import FOLDER, newest, read_all, slug
+
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+NOT_MEASURED = (
+    "Not measured on a GPU yet: the kernels are checked in Triton's interpreter and compiled for sm_80, sm_90 "
+    "and sm_100 without one. What follows are goals, not results."
+)
+PUBLISHED = {
+    ("MHA 16", "forward"): 1785,
+    ("CCA-4x", "forward"): 1330,
+    ("ZAYA1", "forward"): 1413,
+    ("MHA 16", "backward"): 9799,
+    ("CCA-4x", "backward"): 8599,
+    ("ZAYA1", "backward"): 8689,
+}
+"""Microseconds at 16,384 tokens, read off the figures of arXiv 2510.04476: one H100, head dim 128."""
+_PUBLISHED_TOKENS = 16384
+_VARIANTS = ("fused", "compile", "eager")
+
+Row = dict[str, Any]
+
+
+def readme_table(results: list[dict[str, Any]]) -> str:
+    """The newest result of each command and device as Markdown; a sentence where there is none."""
+    last = newest(results)
+    if not last:
+        return NOT_MEASURED
+    parts = []
+    for result in sorted(last, key=lambda r: (str(r["machine"]["device"]), r["benchmark"] != "mix")):
+        parts += [_provenance(result), *_TABLES[result["benchmark"]](result)]
+        if result["refused"]:
+            names = sorted({_label(row) for row in result["refused"]})
+            parts.append(
+                f"No speed in some cases, because a check failed or it did not run: {', '.join(names)}."
+            )
+    return "\n\n".join(parts)
+
+
+def update_readme(path: Path, folder: Path = FOLDER) -> None:
+    """Replace what stands between the two marker lines by the table of the results in the folder.
+
+    Raises:
+        ValueError: the file does not have the markers, once each and in order.
+    """
+    text = path.read_text()
+    before, begin, rest = text.partition(f"{BEGIN}\n")
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in after or END in after:
+        raise ValueError(f"{path} must have the lines {BEGIN} and {END} once each, in this order")
+    path.write_text(f"{before}{begin}{readme_table(read_all(folder))}\n{end}{after}")
+
+
+def plot(results: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Times over the length of the sequence, a picture for each of the newest results."""
+    return [_PLOTS[result["benchmark"]](result, folder) for result in newest(results)]
+
+
+def _provenance(result: dict[str, Any]) -> str:
+    m = result["machine"]
+    versions = ", ".join(f"{name} {m[name]}" for name in ("driver", "cuda", "torch", "triton") if m.get(name))
+    commit = f", commit {m['commit']}" if m.get("commit") else ""
+    return f"`{m['command']}` on {m['device']} ({versions}{commit}, {m['date'][:10]}), bf16, medians with CUDA graphs:"
+
+
+def _mix_tables(result: dict[str, Any]) -> list[str]:
+    rows = [row for row in result["rows"] if row["cuda_graph"]]
+    if not rows:
+        return []
+    tokens = _goal_length(rows)
+    head = [f"mix of {tokens:,} tokens, forward / backward, us", *_VARIANTS]
+    head += ["fused forward, GB/s (of a copy)", "fused backward, GB/s (of a copy)"]
+    lines = []
+    for shape in _ordered(row["shape"] for row in rows):
+        own = [row for row in rows if row["shape"] == shape and row["tokens"] == tokens]
+        line = [shape]
+        for variant in _VARIANTS:
+            times = (_cell(own, "us", "{:,.0f}", variant=variant, which=which) for which in _TWO)
+            line.append(" / ".join(times))
+        for which in _TWO:
+            speed = _cell(own, "gb_per_s", "{:,.0f}", variant="fused", which=which)
+            line.append(f"{speed} ({_cell(own, 'of_copy', '{:.0%}', variant='fused', which=which)})")
+        lines.append(line)
+    return [_markdown(head, lines)]
+
+
+_TWO = ("forward", "backward")
+
+
+def _block_tables(result: dict[str, Any]) -> list[str]:
+    rows = [row for row in result["rows"] if row["cuda_graph"]]
+    blocks = [row for row in rows if row["part"] == "block"]
+    tables = []
+    if blocks:
+        lengths = sorted({row["tokens"] for row in blocks})
+        lines = []
+        for hidden, label in _ordered((row["hidden"], _label(row)) for row in blocks):
+            own = [row for row in blocks if _label(row) == label and row["hidden"] == hidden]
+            cells = [
+                _cell([row for row in own if row["tokens"] == tokens], "us", "{:,.0f}", which="both")
+                for tokens in lengths
+            ]
+            lines.append([f"{label}, E = {hidden:,}", *cells])
+        head = ["attention block, forward + backward, us", *(f"{tokens:,} tokens" for tokens in lengths)]
+        tables.append(_markdown(head, lines))
+    cores = [row for row in rows if row["part"] == "core" and row["tokens"] == _PUBLISHED_TOKENS]
+    if cores:
+        published = "H100" in str(result["machine"]["device"])
+        head = [
+            f"without projections, {_PUBLISHED_TOKENS:,} tokens, us",
+            "forward, causal",
+            "backward, no mask",
+        ]
+        if published:
+            head += ["forward, published", "backward, published"]
+        lines = []
+        for method, label in _ordered((row["method"], _label(row)) for row in cores):
+            own = [row for row in cores if _label(row) == label]
+            line = [label, *(_cell(own, "us", "{:,.0f}", which=which) for which in _TWO)]
+            if published:
+                line += [f"{PUBLISHED[method, w]:,}" if (method, w) in PUBLISHED else "" for w in _TWO]
+            lines.append(line)
+        tables.append(_markdown(head, lines))
+        if published:
+            tables.append("Published: read off the latency figures of arXiv 2510.04476, not measured here.")
+    return tables
+
+
+_TABLES = {"mix": _mix_tables, "block": _block_tables}
+
+
+def _label(row: Row) -> str:
+    return " ".join(filter(None, [row.get("shape") or row.get("method"), row["variant"]]))
+
+
+def _goal_length(rows: list[Row]) -> int:
+    lengths = {row["tokens"] for row in rows}
+    return 16384 if 16384 in lengths else max(lengths)
+
+
+def _ordered(items: Iterable[Any]) -> list[Any]:
+    """Without repeats, in order of appearance."""
+    return list(dict.fromkeys(items))
+
+
+def _cell(rows: list[Row], key: str, form: str, *, which: str, variant: str | None = None) -> str:
+    """The figure of a pass."""
+    for row in rows:
+        if row["pass"] == which and variant in (None, row["variant"]):
+            return form.format(row[key])
+    return "not measured"
+
+
+def _markdown(head: list[str], lines: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
+
+
+def _plot_mix(result: dict[str, Any], folder: Path) -> Path:
+    rows = [row | {"panel": row["shape"], "line": row["variant"]} for row in result["rows"]]
+    return _plot_rows(rows, result, folder, "mix")
+
+
+def _plot_block(result: dict[str, Any], folder: Path) -> Path:
+    rows = [
+        row | {"panel": f"E = {row['hidden']:,}", "line": _label(row)}
+        for row in result["rows"]
+        if row["part"] == "block"
+    ]
+    return _plot_rows(rows, result, folder, "attention block")
+
+
+_PLOTS = {"mix": _plot_mix, "block": _plot_block}
+
+
+def _plot_rows(rows: list[Row], result: dict[str, Any], folder: Path, what: str) -> Path:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if row["pass"] == "both" and row["cuda_graph"]]
+    panels = _ordered(row["panel"] for row in rows)
+    figure, grid = pyplot.subplots(
+        1, max(1, len(panels)), figsize=(5 * max(1, len(panels)), 4), layout="constrained", squeeze=False
+    )
+    for axes, panel in zip(grid[0], panels, strict=False):
+        for line in _ordered(row["line"] for row in rows if row["panel"] == panel):
+            points = sorted(
+                (row["tokens"], row["us"]) for row in rows if (row["panel"], row["line"]) == (panel, line)
+            )
+            axes.plot(*zip(*points, strict=True), label=line, marker="o", markersize=3)
+        axes.set(title=panel, xlabel="tokens", xscale="log", yscale="log")
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    grid[0][0].set_ylabel("forward + backward, us")
+    figure.suptitle(f"{what}, {result['machine']['device']}, bf16, CUDA graphs")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result['benchmark']}-{slug(result['machine']['device'])}.png"
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
