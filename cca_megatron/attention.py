@@ -33,6 +33,7 @@ from cca_megatron.mix_parameters import GroupShare, gradients_summed, new_parame
 from cca_megatron.parallel.context import ContextShard
 from cca_megatron.parallel.core_attention import LocalCoreAttention
 from cca_megatron.parallel.packed import context_shard, document_starts
+from cca_megatron.rotary import rotary_tables
 
 
 class CCASelfAttention(SelfAttention):
@@ -221,13 +222,16 @@ class CCASelfAttention(SelfAttention):
             self._check_cut(shard)
         cu_seqlens = None if packed_seq_params is None else document_starts(packed_seq_params)
 
+        def positions() -> Tensor:
+            assert cu_seqlens is not None
+            return _positions(cu_seqlens, tokens) if shard is None else shard.positions
+
         def mix(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             rotary = None
             if angles is not None:
-                positions = None
-                if cu_seqlens is not None:
-                    positions = _positions(cu_seqlens, tokens) if shard is None else shard.positions
-                rotary = self._cos_sin(angles, positions)
+                counted = None if cu_seqlens is None else positions
+                scale = self._yarn_concentration_factor
+                rotary = rotary_tables(angles, scale, packed_seq_params, counted)
             own = MixWeights._make(getattr(self, name) for name in MixWeights._fields)
             weights = gradients_summed(own, self.group_share)
             resets = self.cca.reset_at_document_start
@@ -265,14 +269,6 @@ class CCASelfAttention(SelfAttention):
                 f"{type(self.core_attention).__name__}, which takes them for cut one by one; "
                 "CCAConfig(packed_zigzag='stream') works"
             )
-
-    def _cos_sin(self, angles: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """cos and sin at each token from Megatron's table [positions, 1, 1, width]."""
-        if positions is not None:
-            # Padding may lie beyond the table; its rows are not used.
-            angles = angles[positions.clamp(max=angles.shape[0] - 1)]
-        scale = self._yarn_concentration_factor
-        return angles.cos() * scale, angles.sin() * scale
 
     def _attend(
         self,

@@ -1,0 +1,43 @@
+"""cos and sin of RoPE at each token, made once for all layers of a micro-batch.
+
+A layer keeps them for its backward pass, 512 bytes per token at a head dim of 128. All layers get the same
+angles and the same packed documents, so the tables are kept there, as an attribute.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cca_megatron._compat import PackedSeqParams
+
+
+def rotary_tables(
+    angles: Tensor,
+    scale: float,
+    packed_seq_params: PackedSeqParams | None = None,
+    positions: Callable[[], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [S, 1 or B, 1, width].
+
+    Args:
+        angles: Megatron's table, [positions, 1 or B, 1, width]; row by row that of the tokens unless
+            ``positions`` says otherwise.
+        scale: factor of both (the concentration of YaRN).
+        packed_seq_params: packed documents of the micro-batch.
+        positions: makes [S], the position of each token in its document.
+    """
+    owner = angles if packed_seq_params is None else packed_seq_params
+    # Tables made in inference mode cannot be kept for a backward pass.
+    key = (id(angles), scale, torch.is_inference_mode_enabled())
+    kept = owner.__dict__.setdefault("cca_rotary_tables", {})
+    if key not in kept or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        at_tokens = angles
+        if positions is not None:
+            # Padding may lie beyond the table; its rows are not used.
+            at_tokens = angles[positions().clamp(max=angles.shape[0] - 1)]
+        tables = at_tokens.cos() * scale, at_tokens.sin() * scale
+        # Packed documents outlive these angles, whose id would then be another's.
+        kept[key] = (tables, None if packed_seq_params is None else angles)
+    tables, _ = kept[key]
+    return tables
