@@ -177,6 +177,9 @@ def loss_function(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, di
             )
     report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
     group = mpu.get_context_parallel_group()
+    if args.sft and not torch.is_grad_enabled() and group.size() > 1:
+        # Evaluating conversations, Megatron averages the means of ranks: let each report that of all.
+        torch.distributed.all_reduce(report, group=group)
     if group.size() > 1 and not args.calculate_per_token_loss:
         num_tokens = num_tokens.clone()
         torch.distributed.all_reduce(num_tokens, group=group)

@@ -17,7 +17,10 @@ from cca_megatron.training import batch
 def test_mean_over_all_tokens(monkeypatch, counting):
     """As Megatron's schedule and its averaging over ranks make of it; all of a rank may be a prompt."""
     args = SimpleNamespace(
-        calculate_per_token_loss=False, check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=False
+        sft=False,
+        calculate_per_token_loss=False,
+        check_for_nan_in_loss_and_grad=False,
+        check_for_spiky_loss=False,
     )
     monkeypatch.setattr(batch, "get_args", lambda: args)
     monkeypatch.setattr(batch, "get_rerun_state_machine", Mock)

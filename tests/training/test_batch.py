@@ -9,6 +9,7 @@ from cca_megatron.training.batch import loss_function
 
 
 class _Args:
+    sft = False
     calculate_per_token_loss = False
     check_for_nan_in_loss_and_grad = False
     check_for_spiky_loss = False
