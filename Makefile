@@ -2,6 +2,7 @@
 # make test         set up and run the tests (under 15 minutes)
 # make test-all     the same with the long matrices
 # make gpu-test     on a machine with GPUs: all tests on them, over NCCL where there are two or more
+# make gpu-bench    on a machine with a GPU: measure the kernels, make plots and the README's table (8 minutes)
 # make lint         format and type checks
 # PYTHON=/path/to/python3.12 chooses the interpreter.
 
@@ -11,7 +12,7 @@ BIN := .venv/bin
 # Ranks share the machine, so each runs one thread.
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone
 
-.PHONY: help setup setup-dev quickstart test test-all gpu-test lint clean
+.PHONY: help setup setup-dev quickstart test test-all gpu-test gpu-bench lint clean
 
 help:  ## Show the targets.
 	@sed -n 's/^# \(make\|PYTHON\)/\1/p' Makefile
@@ -40,6 +41,12 @@ gpu-test: setup-dev
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "error: nvidia-smi finds no GPU; make test runs without one" >&2; exit 1; }
 	CCA_DEVICE=cuda $(BIN)/python -m pytest tests/kernels tests/unit tests/gpu
 	gpus=$$(nvidia-smi -L | wc -l); [ $$gpus -lt 2 ] || CCA_DEVICE=cuda $(TORCHRUN) --nproc-per-node $$gpus -m pytest tests/distributed
+
+gpu-bench: setup-dev
+	@nvidia-smi -L >/dev/null 2>&1 || { echo "error: nvidia-smi finds no GPU; there is nothing to measure" >&2; exit 1; }
+	$(BIN)/cca-megatron bench mix --quick --minutes 3
+	$(BIN)/cca-megatron bench block --quick --minutes 3.5
+	$(BIN)/cca-megatron bench report
 
 lint: setup-dev
 	$(BIN)/ruff check .

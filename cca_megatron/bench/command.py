@@ -84,16 +84,19 @@ def _tune(head_dim: int, device: "torch.device") -> None:
 
     import torch
 
-    from cca_kernels.triton.tuning import tune
-    from cca_megatron.bench.shapes import QUICK_TOKENS, ZAYA1
+    from cca_kernels.triton.tuning import TIMED_TOKENS, tune
+    from cca_megatron.bench.shapes import ZAYA1
 
     shape, dtype = replace(ZAYA1, dim=head_dim), torch.bfloat16
-    with console.status("tuning"):
-        config = tune(
-            shape.inputs(QUICK_TOKENS[0], dtype, device),
-            shape.settings,
-            report=lambda line: console.print(line, markup=False, soft_wrap=True),
-        )
+    try:
+        with console.status("tuning"):
+            config = tune(
+                shape.inputs(TIMED_TOKENS, dtype, device),
+                shape.settings,
+                report=lambda line: console.print(line, markup=False, soft_wrap=True),
+            )
+    except RuntimeError as error:
+        _fail(error, 1)
     arch = 10 * torch.cuda.get_device_capability(device)[0]
     console.print(f"\nTABLE[{arch}, {dtype.itemsize}, {head_dim}] = {config}", markup=False, soft_wrap=True)
 

@@ -87,22 +87,19 @@ class CudaTimer:
 
     def __init__(self, seconds: float = 0.15) -> None:
         self._seconds = seconds
+        # Backward kernels run on the stream of their forward pass, and that has to be the captured one.
+        self._stream = torch.cuda.Stream()
 
     def __call__(self, jobs: Sequence[Job], *, graph: bool) -> Timing:
-        # Backward kernels run on the stream of their forward pass: all of it has to be the one that is
-        # captured.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(self._stream):
                 _rounds(jobs, 2)  # compiles, chooses algorithms
                 peak = _peak_bytes(jobs[0])
-                each = 1
-                if graph:
-                    each, jobs = len(jobs), [_captured(jobs, stream)]
-                estimate = sum(_rounds(jobs, 2)) / 2
+                timed = [_captured(jobs, self._stream)] if graph else jobs
+                estimate = sum(_rounds(timed, 2)) / 2
                 rounds = max(10, min(100, math.ceil(self._seconds / max(estimate, 1e-6))))
-                samples = [sample / each for sample in _rounds(jobs, rounds)]
+                samples = [sample * len(timed) / len(jobs) for sample in _rounds(timed, rounds)]
         finally:
             torch.cuda.synchronize()
         low, *_, high = statistics.quantiles(samples, n=5, method="inclusive")

@@ -8,8 +8,8 @@ from cca_megatron.bench.results import FOLDER, newest, read_all, slug
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 NOT_MEASURED = (
-    "Not measured on a GPU yet: the kernels are checked in Triton's interpreter and compiled for sm_80, sm_90 "
-    "and sm_100 without one. What follows are goals, not results."
+    "Not measured on a GPU yet: the kernels are checked in Triton's interpreter and compiled for sm_80, "
+    "sm_90 and sm_100 without one. What follows are goals, not results."
 )
 PUBLISHED = {
     ("MHA 16", "forward"): 1785,
@@ -35,10 +35,8 @@ def readme_table(results: list[dict[str, Any]]) -> str:
     for result in sorted(last, key=lambda r: (str(r["machine"]["device"]), r["benchmark"] != "mix")):
         parts += [_provenance(result), *_TABLES[result["benchmark"]](result)]
         if result["refused"]:
-            names = sorted({_label(row) for row in result["refused"]})
-            parts.append(
-                f"No speed in some cases, because a check failed or it did not run: {', '.join(names)}."
-            )
+            names = ", ".join(sorted({_label(row) for row in result["refused"]}))
+            parts.append(f"Cases without a speed, because a check failed or they did not run: {names}.")
     return "\n\n".join(parts)
 
 
@@ -65,7 +63,8 @@ def _provenance(result: dict[str, Any]) -> str:
     m = result["machine"]
     versions = ", ".join(f"{name} {m[name]}" for name in ("driver", "cuda", "torch", "triton") if m.get(name))
     commit = f", commit {m['commit']}" if m.get("commit") else ""
-    return f"`{m['command']}` on {m['device']} ({versions}{commit}, {m['date'][:10]}), bf16, medians with CUDA graphs:"
+    where = f"{m['device']} ({versions}{commit}, {m['date'][:10]})"
+    return f"`{m['command']}` on {where}, bf16, medians with CUDA graphs:"
 
 
 def _mix_tables(result: dict[str, Any]) -> list[str]:

@@ -116,7 +116,7 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads(path.read_text())
-        missing = {"benchmark", "machine", "rows"} - result.keys()
+        missing = {"benchmark", "machine", "rows", "refused"} - result.keys()
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is no result of cca-megatron bench: {error}") from error
     if missing:

@@ -1,10 +1,11 @@
 """Compile every shipped config without a GPU and look at what came out.
 
-``python -m cca_kernels.triton.ahead_of_time`` prints registers, shared memory and tensor-core instructions of
-each kernel as a Markdown table, and fails if one spills or asks for more shared memory than there is.
+``python -m cca_kernels.triton.ahead_of_time`` prints registers per thread and KiB of shared memory of each
+kernel, and fails if one spills, asks for more shared memory than there is, or has no tensor-core products.
 """
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -18,11 +19,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from cca_kernels.triton.configs import TABLE, Config, safe_config
+from cca_kernels.triton.configs import ARCHES, DIMS, TABLE, Config
 from cca_kernels.triton.launch import Inputs, Launch, Settings
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes that one program may use, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
+MARK, END = "<!-- registers, KiB -->", "<!-- /registers, KiB -->"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MULTIPLIES = {"mix_kernel", "latent_gradient_kernel", "filter_gradient_kernel"}
 
@@ -150,44 +152,61 @@ def _inspect(kernel: str, variant: str, arch: int, dtype: str, dim: int, compile
 
 
 def shipped(arches: list[int], dtypes: list[torch.dtype], dims: list[int]) -> Iterator[Compiled]:
-    """Every config of the table and the safe one, compiled."""
-    for arch in arches:
-        for dtype in dtypes:
-            for dim in dims:
-                config = TABLE.get((arch, dtype.itemsize, dim)) or safe_config(dtype, dim)
-                yield from compile_config(arch, dtype, dim, config)
+    """Every config of the table, compiled for plain sequences and for packed documents with boundary rows."""
+    for arch, dtype, dim in itertools.product(arches, dtypes, dims):
+        config = TABLE[arch, dtype.itemsize, dim]
+        seen = set()
+        for special in (False, True):
+            for compiled in compile_config(arch, dtype, dim, config, packed=special, boundary=special):
+                if (compiled.kernel, compiled.variant) not in seen:
+                    yield compiled
+                seen.add((compiled.kernel, compiled.variant))
 
 
 def table(rows: list[Compiled]) -> str:
-    """Markdown, one line per kernel."""
-    lines = [
-        "| kernel | sm | dtype | D | registers | shared KiB | tensor-core instructions |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for c in rows:
-        name = f"{c.kernel.removesuffix('_kernel')} {c.variant}".strip()
-        lines.append(
-            f"| {name} | {c.arch} | {c.dtype} | {c.dim} | {c.registers} | {c.shared / 1024:.1f} "
-            f"| {c.tensor_core} |"
-        )
-    return "\n".join(lines)
+    """Markdown: registers and KiB of shared memory, a line per kernel, dtype and head dim."""
+    arches = sorted({row.arch for row in rows})
+    lines: dict[tuple[str, str, int], dict[int, str]] = {}
+    for row in rows:
+        name = f"{row.kernel.removesuffix('_kernel')} {row.variant}".strip()
+        cells = lines.setdefault((name, row.dtype, row.dim), {})
+        cells[row.arch] = f"{row.registers}, {row.shared / 1024:.0f}"
+    head = ["| kernel | dtype | D | " + " | ".join(f"sm_{arch}" for arch in arches) + " |"]
+    head += ["|---" * (3 + len(arches)) + "|"]
+    return "\n".join(
+        head
+        + [
+            f"| {name} | {dtype} | {dim} | " + " | ".join(cells[arch] for arch in arches) + " |"
+            for (name, dtype, dim), cells in lines.items()
+        ]
+    )
+
+
+def write_table(path: Path, text: str) -> None:
+    """Put the table between the two marks of a Markdown file."""
+    before, mark, rest = path.read_text().partition(MARK)
+    _, end, after = rest.partition(END)
+    if not (mark and end):
+        raise ValueError(f"{path} has no lines {MARK} and {END} to put the table between")
+    path.write_text(f"{before}{mark}\n{text}\n{end}{after}")
 
 
 def main() -> int:
     """Print the table; 1 if a kernel breaks a rule."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_MEMORY))
+    parser.add_argument("--arch", type=int, nargs="+", default=sorted(ARCHES), choices=sorted(ARCHES))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float16", "float32"])
-    parser.add_argument("--dim", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--dim", type=int, nargs="+", default=list(DIMS), choices=DIMS)
+    parser.add_argument("--write", type=Path, metavar="FILE", help=f"put the table after {MARK} in this file")
     args = parser.parse_args()
     rows = list(shipped(args.arch, [getattr(torch, name) for name in args.dtype], args.dim))
     print(table(rows))
     broken = [(row, row.problems()) for row in rows if row.problems()]
     for row, problems in broken:
-        print(
-            f"error: {row.kernel} {row.variant} sm_{row.arch} {row.dtype} D={row.dim}: {', '.join(problems)}",
-            file=sys.stderr,
-        )
+        name = f"{row.kernel} {row.variant} sm_{row.arch} {row.dtype} D={row.dim}"
+        print(f"error: {name}: {', '.join(problems)}", file=sys.stderr)
+    if args.write and not broken:
+        write_table(args.write, table(rows))
     return bool(broken)
 
 

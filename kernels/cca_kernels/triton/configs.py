@@ -44,7 +44,7 @@ def _half(arch: int, dim: int, stages: int, programs: int) -> Config:
         mix=mix,
         conv_output_gradient=Tile(16, 0, 4, 1) if dim <= 128 else Tile(8, 0, 8, 1),
         latent_gradient=Tile(64, inner, 4 if dim <= 128 else 8, stages),
-        filter_gradient=Tile(64, min(dim, 128), 4 if arch == 100 else 8, stages),
+        filter_gradient=Tile(64, min(dim, 128), 4 if arch == 100 and dim > 64 else 8, stages),
         filter_gradient_programs=programs,
     )
 
@@ -52,7 +52,7 @@ def _half(arch: int, dim: int, stages: int, programs: int) -> Config:
 def _single(dim: int, programs: int) -> Config:
     """fp32: exact products, without tensor cores."""
     return Config(
-        mix=Tile(32, 16, 8, 1),
+        mix=Tile(32, 16, 4 if dim == 64 else 8, 1),
         conv_output_gradient=Tile(16, 0, 4, 1) if dim <= 128 else Tile(8, 0, 8, 1),
         latent_gradient=Tile(32, 16, 8, 1),
         filter_gradient=Tile(16, min(dim, 64), 4, 1),

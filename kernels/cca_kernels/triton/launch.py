@@ -1,5 +1,6 @@
 """Start the kernels: shapes, strides, scratch memory, grids."""
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from cca_kernels.triton.segments import segments_kernel
 
 # Below this tau a key has lost its direction to rounding: fp16 has few exponents, the others have many.
 _LOST_BELOW = {torch.float16: 2.0**-6, torch.bfloat16: 2.0**-60, torch.float32: 2.0**-60}
+TUNE_VARIABLE = "CCA_KERNELS_TUNE"
+"""Set to 1, kernels run with tiles measured on this GPU: at first use, and from a file after that."""
 _ROWS_PER_BLOCK = 1024
 _CHANNELS_PER_BLOCK = 16
 
@@ -108,6 +111,10 @@ class Launch:
         if self.chosen is not None:
             return self.chosen
         mixed = self.inputs.mixed
+        if mixed.is_cuda and os.environ.get(TUNE_VARIABLE) == "1":
+            from cca_kernels.triton.tuning import tuned_config  # which launches kernels
+
+            return tuned_config(self.inputs, self.settings)
         arch = None
         if mixed.is_cuda:
             major, _ = torch.cuda.get_device_capability(mixed.device)
