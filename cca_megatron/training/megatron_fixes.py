@@ -35,17 +35,31 @@ def _let_torch_adam_resume() -> None:
     """Let the distributed optimizer resume with PyTorch's AdamW.
 
     PyTorch's AdamW counts steps in a tensor for each parameter. Megatron asks for the count before a
-    checkpoint is read, when there is none yet; gives all parameters one tensor, which every
-    parameter's update then increments; and overwrites it with its value from before, or misses it in
-    the checkpoint, when it copies the moments. With fp32 weights that copy also meets autograd.
+    checkpoint is read, when there is none yet, and where a pipeline stage has no experts, when there is never
+    one; gives all parameters one tensor, which every parameter's update then increments; and overwrites it
+    with its value from before, or misses it in the checkpoint, when it copies the moments. With fp32 weights
+    that copy also meets autograd.
     """
     from megatron.core.optimizer import distrib_optimizer
 
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
     cls = distrib_optimizer.DistributedOptimizer
-    sharded_state_dict, load_state_dict = cls.sharded_state_dict, cls.load_state_dict
+    state_dict, sharded_state_dict = cls.state_dict, cls.sharded_state_dict
+    load_state_dict = cls.load_state_dict
     copy_states = cls._set_main_param_and_optimizer_states
+
+    @functools.wraps(state_dict)
+    def with_or_without_weights(self: Any) -> dict[str, Any]:
+        if any(group["params"] for group in self.optimizer.param_groups):
+            return state_dict(self)
+        inner = {key: value for key, value in self.optimizer.state_dict().items() if key != "state"}
+        # The count of steps is filled in from other optimizers when a checkpoint is read.
+        groups = [{**group, "step": 0} for group in inner["param_groups"]]
+        for group in groups:
+            del group["params"]
+        scaler = {"grad_scaler": self.grad_scaler.state_dict()} if self.grad_scaler else {}
+        return {"optimizer": {**inner, "param_groups": groups}, **scaler}
 
     @functools.wraps(sharded_state_dict)
     def with_state(
@@ -66,7 +80,8 @@ def _let_torch_adam_resume() -> None:
     def without_step(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
         copy_states(self, model_param, {**tensors, "step": None})  # what is no tensor is not copied
 
-    cls.sharded_state_dict, cls.load_state_dict = with_state, with_own_steps
+    cls.state_dict, cls.sharded_state_dict = with_or_without_weights, with_state
+    cls.load_state_dict = with_own_steps
     cls._set_main_param_and_optimizer_states = without_step
 
 
@@ -100,9 +115,19 @@ def _let_optimizers_reshard_over_experts() -> None:
 
     @functools.wraps(load_state_dict)
     def regrouped(self: Any, state_dict: dict[Any, Any]) -> None:
+        _fill_in_steps(state_dict)
         load_state_dict(self, _regroup(state_dict, self.chained_optimizers))
 
     ChainedOptimizer.load_state_dict = regrouped
+
+
+def _fill_in_steps(state_dict: dict[Any, Any]) -> None:
+    """Give optimizers that were saved without weights the step that all optimizers of a run have."""
+    parts = [part for part in (state_dict, *state_dict.values()) if isinstance(part, dict)]
+    groups = [group for part in parts for group in part.get("optimizer", {}).get("param_groups", ())]
+    counted = [group for group in groups if group.get("step") is not None]
+    for group in counted:
+        group["step"] = max(other["step"] for other in counted)
 
 
 def _regroup(state_dict: dict[Any, Any], optimizers: list[Any]) -> dict[Any, Any]:

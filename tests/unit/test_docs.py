@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from cca_megatron.plan.traffic import comparison
 
@@ -24,6 +25,17 @@ def test_there_are_tables():
 
 
 def test_links_lead_somewhere():
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    own = [ROOT / "README.md", ROOT / "kernels/cca_kernels/README.md", *(ROOT / "docs").glob("*.md")]
+    for document in own:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_example_of_the_kernels_runs():
+    text = (ROOT / "kernels/cca_kernels/README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(code.replace("= 4096,", "= 64,"), names)
+    assert names["q"].shape == (64, 1, 8, 128)
+    gradients = [names["mixed"].grad, *(weight.grad for weight in names["weights"])]
+    assert all(torch.isfinite(g).all() and g.any() for g in gradients)
