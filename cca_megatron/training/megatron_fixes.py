@@ -147,11 +147,12 @@ def _regroup(state_dict: dict[Any, Any], optimizers: list[Any]) -> dict[Any, Any
     def of(optimizer: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         ours = [_matching(group, groups) for group in optimizer.optimizer.param_groups]
         inner = {**settings["optimizer"], "param_groups": ours}
-        return {**settings, "optimizer": inner, "param_state": tensors["param_state"]}
+        # Without weights there are no tensors.
+        return {**settings, "optimizer": inner, "param_state": tensors.get("param_state", {})}
 
     if len(optimizers) == 1:
         return of(optimizers[0], plain)
-    return {number: of(optimizer, numbered[number]) for number, optimizer in enumerate(optimizers)}
+    return {number: of(optimizer, numbered.get(number, {})) for number, optimizer in enumerate(optimizers)}
 
 
 def _matching(group: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
