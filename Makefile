@@ -1,7 +1,7 @@
 # make quickstart   set up and train a small model (five minutes on two cores)
 # make test         set up and run the tests (under 15 minutes)
 # make test-all     the same with the long matrices
-# make gpu-test     on a machine with GPUs: all tests on them, over NCCL where there are two or more
+# make gpu-test     on a machine with GPUs: the quick tests on them, over NCCL where there are two or more
 # make gpu-bench    on a machine with a GPU: measure the kernels, make plots and the README's table (8 minutes)
 # make lint         format and type checks
 # PYTHON=/path/to/python3.12 chooses the interpreter.
@@ -39,7 +39,8 @@ test-all: lint
 
 gpu-test: setup-dev
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "error: nvidia-smi finds no GPU; make test runs without one" >&2; exit 1; }
-	CCA_DEVICE=cuda $(BIN)/python -m pytest tests/kernels tests/unit tests/gpu
+	CCA_DEVICE=cuda $(BIN)/python -m pytest tests/gpu tests/kernels tests/unit -m "not long" --ignore tests/kernels/test_ahead_of_time.py
+	! command -v compute-sanitizer >/dev/null || CCA_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest tests/gpu/test_shipped_configs.py -k "rounding and bfloat16 and 64"
 	gpus=$$(nvidia-smi -L | wc -l); [ $$gpus -lt 2 ] || CCA_DEVICE=cuda $(TORCHRUN) --nproc-per-node $$gpus -m pytest tests/distributed
 
 gpu-bench: setup-dev
