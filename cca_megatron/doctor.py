@@ -103,7 +103,8 @@ def _nccl() -> Finding:
 def _triton() -> Finding:
     if importlib.util.find_spec("triton") is None:
         return Finding("triton", "absent", "fused kernels need it; the PyTorch reference runs instead")
-    return Finding("triton", "ok", f"{_version('triton') or 'installed'}; on a GPU the mix runs in fused kernels")
+    version = _version("triton") or "installed"
+    return Finding("triton", "ok", f"{version}; on a GPU the mix runs in fused kernels")
 
 
 def _megatron() -> Finding:

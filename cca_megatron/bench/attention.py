@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cca_kernels import MixOptions, MixWeights
-from cca_kernels.triton.tuning import Mix, random_inputs
+from cca_kernels.triton.accuracy import Mix, random_inputs
 from cca_megatron.bench.shapes import MixShape
 
 DIM = 128
@@ -63,20 +63,36 @@ def choose_core(device: torch.device, dtype: torch.dtype) -> Core:
     raise RuntimeError("no fast attention of PyTorch takes all methods here; " + "; ".join(problems))
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What the blocks of one measurement have in common."""
+
+    core: Core
+    device: torch.device
+    dtype: torch.dtype
+    tokens: int
+    """Of a sequence."""
+
+    def draw(self, batch: int, width: int, seed: int) -> Tensor:
+        """Random numbers [tokens, batch, width]."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        drawn = torch.randn(self.tokens, batch, width, generator=generator, device=self.device)
+        return drawn.to(self.dtype)
+
+
 class Block(nn.Module):
     """Projections in, what comes before attention, core attention, projection out; random, without biases."""
 
     down: nn.Linear
     up: nn.Linear
 
-    def __init__(self, core: Core, device: torch.device, dtype: torch.dtype, tokens: int) -> None:
+    def __init__(self, setup: Setup) -> None:
         super().__init__()
-        self._core, self._device, self._dtype = core, device, dtype
-        self._generator = torch.Generator(device).manual_seed(0)
-        angles = torch.outer(
-            torch.arange(tokens, device=device), 1e4 ** -torch.linspace(0, 1, ROTARY // 2, device=device)
-        )
-        angles = angles.repeat(1, 2)[:, None, None, :]
+        self._core, self._device, self._dtype = setup.core, setup.device, setup.dtype
+        self._generator = torch.Generator(setup.device).manual_seed(0)
+        positions = torch.arange(setup.tokens, device=setup.device)
+        frequencies = 1e4 ** -torch.linspace(0, 1, ROTARY // 2, device=setup.device)
+        angles = torch.outer(positions, frequencies).repeat(1, 2)[:, None, None, :]
         self._rotary = angles.cos(), angles.sin()  # no buffers: they stay in fp32
 
     def _linear(self, width: int, out: int) -> nn.Linear:
@@ -102,14 +118,12 @@ class Block(nn.Module):
 class CCABlock(Block):
     """CCA or CCGQA."""
 
-    def __init__(
-        self, shape: MixShape, mix: Mix, core: Core, device: torch.device, dtype: torch.dtype, tokens: int
-    ) -> None:
-        super().__init__(core, device, dtype, tokens)
+    def __init__(self, shape: MixShape, mix: Mix, setup: Setup) -> None:
+        super().__init__(setup)
         self._shape, self._mix = shape, mix
         self._options = MixOptions(value_delay_from=shape.settings.value_delay_from)
         self.down = self._linear(shape.hidden, (shape.query_heads + 2 * shape.key_heads) * shape.dim)
-        drawn = random_inputs(1, shape.key_heads, shape.queries, shape.dim, dtype, device)
+        drawn = random_inputs(1, shape.key_heads, shape.queries, shape.dim, setup.dtype, setup.device)
         tensors = (drawn.conv0, drawn.bias0, drawn.conv1, drawn.bias1, drawn.temperature)
         self.mix_weights = nn.ParameterList(nn.Parameter(x) for x in tensors if x is not None)
         self.up = self._linear(shape.query_heads * shape.dim, shape.hidden)
@@ -127,17 +141,8 @@ class CCABlock(Block):
 class PlainBlock(Block):
     """MHA or GQA. RoPE is compiled, so that it is one kernel as it is in training frameworks."""
 
-    def __init__(
-        self,
-        hidden: int,
-        heads: int,
-        key_heads: int,
-        core: Core,
-        device: torch.device,
-        dtype: torch.dtype,
-        tokens: int,
-    ) -> None:
-        super().__init__(core, device, dtype, tokens)
+    def __init__(self, hidden: int, heads: int, key_heads: int, setup: Setup) -> None:
+        super().__init__(setup)
         self._heads = [heads, key_heads, key_heads]
         self._rotate = torch.compile(_rotate_both, dynamic=False, fullgraph=True)
         self.down = self._linear(hidden, sum(self._heads) * DIM)
@@ -157,10 +162,8 @@ class MLABlock(Block):
     128 channels and 64 rotated ones more, which all keys share; values have 128.
     """
 
-    def __init__(
-        self, hidden: int, heads: int, core: Core, device: torch.device, dtype: torch.dtype, tokens: int
-    ) -> None:
-        super().__init__(core, device, dtype, tokens)
+    def __init__(self, hidden: int, heads: int, setup: Setup) -> None:
+        super().__init__(setup)
         self._ranks = [3 * hidden // 4, hidden // 4, ROTARY]
         self._assemble = torch.compile(_assemble, dynamic=False, fullgraph=True)
         self.down = self._linear(hidden, sum(self._ranks))

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from cca_kernels import cca_mix_reference
-from cca_kernels.triton.tuning import relative_errors
+from cca_kernels.triton.accuracy import relative_errors
 from cca_megatron.bench import measure
-from cca_megatron.bench.attention import DIM, Block, CCABlock, Core, MLABlock, PlainBlock
+from cca_megatron.bench.attention import DIM, Block, CCABlock, Core, MLABlock, PlainBlock, Setup
+from cca_megatron.bench.check import Checking, measured_if_right
 from cca_megatron.bench.measure import PASSES, Timer, Workload
 from cca_megatron.bench.mix import CHECKED_TOKENS, MixChecks, Variant
-from cca_megatron.bench.results import Checked, Event, Measured, Refused
+from cca_megatron.bench.results import Checked, Event
 from cca_megatron.bench.shapes import MixShape
 
 TOKENS_AT_ONCE = 16384
@@ -24,9 +25,7 @@ TOKENS_AT_ONCE = 16384
 BOUNDS = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 """Relative error of a block: five steps that each round. It tells a wrong layout, and ranks nothing."""
 
-
-Build = Callable[[Core, torch.device, torch.dtype, int], Block]
-"""Takes core attention, device, dtype and the length of a sequence."""
+Build = Callable[[Setup], Block]
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,10 @@ class Method:
     shape: MixShape | None = None
     variant: Variant | None = None
     """How CCA's mix, of this shape, is computed; None for other methods."""
+
+    @property
+    def variant_name(self) -> str | None:
+        return None if self.variant is None else self.variant.name
 
 
 def methods(shapes: Sequence[MixShape], choices: Sequence[Variant]) -> list[Method]:
@@ -91,68 +94,47 @@ def measure_block(
     Rows of the part "block" are the whole block, causal. Rows of the part "core" are what the latency figures
     of arXiv 2510.04476 show, without projections: the causal forward pass and the backward pass without mask.
     """
-    checks = _BlockChecks(core, device, dtype, checked_tokens)
+    checks = _BlockChecks(Setup(core, device, dtype, checked_tokens))
     for tokens, method in itertools.product(lengths, choices):
-        variant = None if method.variant is None else method.variant.name
+        variant = method.variant_name
         started(f"{method.name} {variant or ''}, {tokens:,} tokens")
         measure.release()
         case = {"method": method.name, "hidden": method.hidden, "variant": variant, "tokens": tokens}
-        try:
-            yield from checks.new(method)
-            if problems := checks.problems(method):
-                yield Refused(case, "; ".join(problems))
-                continue
-            for row in _rows(timer, method, tokens, core, device, dtype):
-                yield Measured(case | {"attention": core.backend.name} | row)
-        except Exception as error:  # out of memory, does not compile, ...: the other methods go on
-            yield Refused(case, f"{type(error).__name__}: {error}".splitlines()[0])
+        rows = _rows(timer, method, Setup(core, device, dtype, tokens))
+        yield from measured_if_right(case, checks.of(method), rows)
 
 
 class _BlockChecks:
     """The check of each method, made once: of the mix by its own rule, then of the whole block."""
 
-    def __init__(self, core: Core, device: torch.device, dtype: torch.dtype, tokens: int) -> None:
-        self._core, self._device, self._dtype, self._tokens = core, device, dtype, tokens
-        self._mix = MixChecks(device, dtype, tokens)
-        self._known: dict[Method, list[str]] = {}
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._mix = MixChecks(setup.device, setup.dtype, setup.tokens)
+        self._problems: dict[Method, list[str]] = {}
 
-    def new(self, method: Method) -> Iterator[Checked]:
-        """Make the checks if they are not made yet, and give what they found."""
-        if method in self._known:
-            return
-        problems = []
-        variant = None
-        if method.shape is not None and method.variant is not None:
-            variant = method.variant.name
-            yield from self._mix.new(method.shape, method.variant)
-            problems += self._mix.problems(method.shape, method.variant)
-        errors = self._errors(method)
-        bound = BOUNDS[self._dtype]
-        of_block = [
-            f"{name} of the block has relative error {error:.1e}, allowed {bound:.1e}"
-            for name, error in errors.items()
-            if not error <= bound
-        ]
-        self._known[method] = problems + of_block
-        yield Checked(f"{method.name} block", variant or "", self._tokens, errors, of_block)
-
-    def problems(self, method: Method) -> list[str]:
-        """Of checks that were made."""
-        return self._known[method]
+    def of(self, method: Method) -> Checking:
+        """Make the checks if they are not made yet."""
+        if method not in self._problems:
+            of_mix = []
+            if method.shape is not None and method.variant is not None:
+                of_mix = yield from self._mix.of(method.shape, method.variant)
+            errors, bound = self._errors(method), BOUNDS[self._setup.dtype]
+            of_block = [
+                f"{name} of the block has relative error {error:.1e}, allowed {bound:.1e}"
+                for name, error in errors.items()
+                if not error <= bound
+            ]
+            self._problems[method] = of_mix + of_block
+            variant = method.variant_name or ""
+            yield Checked(f"{method.name} block", variant, self._setup.tokens, errors, of_block)
+        return self._problems[method]
 
     def _errors(self, method: Method) -> dict[str, float]:
-        block = method.build(self._core, self._device, self._dtype, self._tokens)
-        exact = method.exact(Core(SDPBackend.MATH), self._device, torch.float64, self._tokens)
+        block = method.build(self._setup)
+        exact = method.exact(replace(self._setup, core=Core(SDPBackend.MATH), dtype=torch.float64))
         exact.load_state_dict(block.state_dict())
-        x, gradient = (
-            _draw(self._tokens, 1, method.hidden, self._device, self._dtype, seed) for seed in (0, 1)
-        )
+        x, gradient = (self._setup.draw(1, method.hidden, seed) for seed in (0, 1))
         return relative_errors(*(_results(y, x, gradient) for y in (exact, block)))
-
-
-def _draw(tokens: int, batch: int, width: int, device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(tokens, batch, width, generator=generator, device=device).to(dtype)
 
 
 def _results(block: Block, x: Tensor, gradient: Tensor) -> dict[str, Tensor]:
@@ -165,19 +147,19 @@ def _results(block: Block, x: Tensor, gradient: Tensor) -> dict[str, Tensor]:
     return {"output": out.detach(), **dict(zip(names, found, strict=True))}
 
 
-def _rows(
-    timer: Timer, method: Method, tokens: int, core: Core, device: torch.device, dtype: torch.dtype
-) -> Iterator[dict[str, Any]]:
-    batch = max(1, TOKENS_AT_ONCE // tokens)
-    block = method.build(core, device, dtype, tokens)
+def _rows(timer: Timer, method: Method, setup: Setup) -> Iterator[dict[str, Any]]:
+    batch = max(1, TOKENS_AT_ONCE // setup.tokens)
+    block = method.build(setup)
     whole = [(which, graph, "block", True) for which in PASSES for graph in (True, False)]
     between = [("forward", True, "core", True), ("backward", True, "core", False)]
     for which, graph, part, causal in whole + (between if method.core_rows else []):
         make = _block_workload if part == "block" else partial(_core_workload, causal=causal)
-        count = measure.copies(tokens * batch * method.hidden * dtype.itemsize, device)
-        workloads = [make(block, method.hidden, tokens, batch, seed) for seed in range(count)]
+        bytes_each = setup.tokens * batch * method.hidden * setup.dtype.itemsize
+        seeds = range(measure.copies(bytes_each, setup.device))
+        workloads = [make(block, setup, batch, seed) for seed in seeds]
         timing = timer([workload.job(which) for workload in workloads], graph=graph)
         yield {
+            "attention": setup.core.backend.name,
             "part": part,
             "causal": causal,
             "batch": batch,
@@ -187,21 +169,15 @@ def _rows(
         }
 
 
-def _block_workload(block: Block, hidden: int, tokens: int, batch: int, seed: int) -> Workload:
-    like = next(block.parameters())
-    x, gradient = (
-        _draw(tokens, batch, hidden, like.device, like.dtype, 2 * seed + place) for place in (0, 1)
-    )
+def _block_workload(block: Block, setup: Setup, batch: int, seed: int) -> Workload:
+    x, gradient = (setup.draw(batch, block.down.in_features, 2 * seed + place) for place in (0, 1))
     leaves = [x.requires_grad_(), *block.parameters()]
     return Workload(lambda: (block(x),), leaves, [gradient])
 
 
-def _core_workload(
-    block: Block, hidden: int, tokens: int, batch: int, seed: int, *, causal: bool
-) -> Workload:
-    like = next(block.parameters())
+def _core_workload(block: Block, setup: Setup, batch: int, seed: int, *, causal: bool) -> Workload:
     with torch.no_grad():
-        latents = block.down(_draw(tokens, batch, hidden, like.device, like.dtype, 2 * seed))
-    gradient = _draw(tokens, batch, block.up.in_features, like.device, like.dtype, 2 * seed + 1)
+        latents = block.down(setup.draw(batch, block.down.in_features, 2 * seed))
+    gradient = setup.draw(batch, block.up.in_features, 2 * seed + 1)
     leaves = [latents.requires_grad_(), *block.between()]
     return Workload(lambda: (block.attend(latents, causal),), leaves, [gradient])

@@ -1,12 +1,13 @@
-"""What a variant of the mix must pass before it is timed."""
+"""What must be right before it is timed."""
 
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from cca_kernels import cca_mix_reference
-from cca_kernels.triton.launch import Inputs, Settings
-from cca_kernels.triton.tuning import (
+from cca_kernels.triton.accuracy import (
     Gradients,
     Mix,
     Results,
@@ -15,6 +16,8 @@ from cca_kernels.triton.tuning import (
     relative_errors,
     results_of,
 )
+from cca_kernels.triton.launch import Inputs, Settings
+from cca_megatron.bench.results import Checked, Event, Measured, Refused
 
 _NOISE = 1.05
 _BASELINE = 4
@@ -67,3 +70,24 @@ class MixCheck:
             if not error <= allowed:
                 found.append(f"{name} has relative error {error:.2e}, allowed {allowed:.2e}")
         return found
+
+
+Checking = Generator[Checked, None, list[str]]
+"""Gives the checks that it makes, and returns the problems that they and earlier ones found."""
+
+
+def measured_if_right(
+    case: dict[str, Any], checking: Checking, rows: Iterable[dict[str, Any]]
+) -> Iterator[Event]:
+    """The checks of a case, then its rows; they are not asked for where there are problems.
+
+    What raises (out of memory, does not compile, ...) refuses its case: the others go on.
+    """
+    try:
+        if problems := (yield from checking):
+            yield Refused(case, "; ".join(problems))
+            return
+        for row in rows:
+            yield Measured(case | row)
+    except Exception as error:
+        yield Refused(case, f"{type(error).__name__}: {error}".splitlines()[0])

@@ -1,7 +1,8 @@
-"""``cca-megatron bench mix | block | report``. Imports are inside: ``--help`` answers at once."""
+"""``cca-megatron bench mix | block | report``. Imports of PyTorch are inside: ``--help`` answers at once."""
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -9,10 +10,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cca_megatron.bench.results import FOLDER, Event, Result, describe, read_all
+
 if TYPE_CHECKING:
     import torch
-
-    from cca_megatron.bench.results import Event, Result
 
 app = typer.Typer(no_args_is_help=True, help="Measure the fused kernels on a GPU.")
 console = Console(highlight=False)
@@ -53,35 +54,31 @@ def bench_mix(
     ] = False,
     head_dim: Annotated[int, typer.Option(help="Head dim to tune for.")] = 128,
     minutes: Minutes = None,
-    output: Output = Path("benchmarks/results"),
+    output: Output = FOLDER,
 ) -> None:
     """Time the mix alone: fused, eager and compiled.
 
     Each is first compared with the reference in fp64, outputs and gradients; what fails gets no speed.
     """
     device = _gpu("mix")
-    from dataclasses import asdict
-
-    from cca_megatron.bench import machine, measure, mix, results, shapes
+    from cca_megatron.bench import machine, measure, mix, shapes
 
     if tune:
         _tune(head_dim, device)
         return
     timer = measure.CudaTimer()
     ceilings = measure.measure_ceilings(timer, device)
-    result = results.Result("mix", machine.facts(), asdict(ceilings))
+    result = Result("mix", machine.facts(), asdict(ceilings))
     choices = mix.variants()
     lengths = shapes.QUICK_TOKENS if quick else shapes.ALL_TOKENS
 
-    def events(started: Callable[[str], None]) -> "Iterator[Event]":
+    def events(started: Callable[[str], None]) -> Iterator[Event]:
         return mix.measure_mix(timer, ceilings, shapes.SHAPES, lengths, choices, device, started=started)
 
     _measure(result, events, len(lengths) * len(shapes.SHAPES) * len(choices), minutes, output)
 
 
 def _tune(head_dim: int, device: "torch.device") -> None:
-    from dataclasses import replace
-
     import torch
 
     from cca_kernels.triton.tuning import TIMED_TOKENS, tune
@@ -102,45 +99,39 @@ def _tune(head_dim: int, device: "torch.device") -> None:
 
 
 @app.command("block")
-def bench_block(
-    quick: Quick = False, minutes: Minutes = None, output: Output = Path("benchmarks/results")
-) -> None:
+def bench_block(quick: Quick = False, minutes: Minutes = None, output: Output = FOLDER) -> None:
     """Time a whole attention block: CCA fused, eager and compiled, against MHA, GQA and MLA.
 
     Core attention is PyTorch's on the same backend for all.
     """
     device = _gpu("block")
-    from dataclasses import asdict
-
     import torch
 
-    from cca_megatron.bench import attention, block, machine, measure, mix, results, shapes
+    from cca_megatron.bench import attention, block, machine, measure, mix, shapes
 
     try:
         core = attention.choose_core(device, torch.bfloat16)
     except RuntimeError as error:
         _fail(error, 1)
     timer = measure.CudaTimer()
-    result = results.Result("block", machine.facts(), asdict(measure.measure_ceilings(timer, device)))
+    result = Result("block", machine.facts(), asdict(measure.measure_ceilings(timer, device)))
     lengths = shapes.QUICK_TOKENS if quick else shapes.ALL_TOKENS
     choices = block.methods(shapes.QUICK_SHAPES if quick else shapes.SHAPES, mix.variants())
 
-    def events(started: Callable[[str], None]) -> "Iterator[Event]":
+    def events(started: Callable[[str], None]) -> Iterator[Event]:
         return block.measure_block(timer, choices, lengths, core, device, started=started)
 
     _measure(result, events, len(lengths) * len(choices), minutes, output)
 
 
 def _measure(
-    result: "Result",
-    events: "Callable[[Callable[[str], None]], Iterator[Event]]",
+    result: Result,
+    events: Callable[[Callable[[str], None]], Iterator[Event]],
     cases: int,
     minutes: float | None,
     output: Path,
 ) -> None:
     """Go through the cases under a progress bar, print what comes, and store it, however it ends."""
-    from cca_megatron.bench.results import describe
-
     ceilings = (f"{name} {value:,.0f}" for name, value in result.ceilings.items())
     console.print(f"{result.machine['device']}: {', '.join(ceilings)}", markup=False)
     end = None if minutes is None else time.monotonic() + 60 * minutes
@@ -180,17 +171,17 @@ def _measure(
 
 @app.command("report")
 def bench_report(
-    results: Annotated[Path, typer.Option(help="Folder of result files.")] = Path("benchmarks/results"),
+    results: Annotated[Path, typer.Option(help="Folder of result files.")] = FOLDER,
     plots: Annotated[Path, typer.Option(help="Folder for the plots.")] = Path("benchmarks/plots"),
     readme: Annotated[Path, typer.Option(help="File whose table is replaced.")] = Path("README.md"),
 ) -> None:
     """Make the plots and the README's table from the stored results. Needs no GPU."""
     from cca_megatron.bench import report
-    from cca_megatron.bench.results import read_all
+    from cca_megatron.bench.plots import plot
 
     try:
         found = read_all(results)
-        for path in report.plot(found, plots):
+        for path in plot(found, plots):
             console.print(f"plotted {path}", markup=False, soft_wrap=True)
         report.update_readme(readme, results)
     except (OSError, ValueError) as error:

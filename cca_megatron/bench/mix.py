@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from cca_kernels import cca_mix, cca_mix_reference
+from cca_kernels.triton.accuracy import Mix, arguments, random_gradients
 from cca_kernels.triton.launch import Inputs
-from cca_kernels.triton.tuning import Mix, arguments, differentiable, random_gradients
 from cca_megatron.bench import measure
-from cca_megatron.bench.check import MixCheck
+from cca_megatron.bench.check import Checking, MixCheck, measured_if_right
 from cca_megatron.bench.measure import PASSES, Ceilings, Timer, Workload
-from cca_megatron.bench.results import Checked, Event, Measured, Refused
+from cca_megatron.bench.results import Checked, Event
 from cca_megatron.bench.shapes import MixShape
 
 CHECKED_TOKENS = 2048
@@ -95,15 +95,8 @@ def measure_mix(
         started(f"{shape.name} {variant.name}, {tokens:,} tokens")
         measure.release()
         case = {"shape": shape.name, "variant": variant.name, "tokens": tokens}
-        try:
-            yield from checks.new(shape, variant)
-            if problems := checks.problems(shape, variant):
-                yield Refused(case, "; ".join(problems))
-                continue
-            for row in _rows(timer, ceilings, shape, tokens, variant, device, dtype):
-                yield Measured(case | row)
-        except Exception as error:  # out of memory, does not compile, ...: the other variants go on
-            yield Refused(case, f"{type(error).__name__}: {error}".splitlines()[0])
+        rows = _rows(timer, ceilings, shape, tokens, variant, device, dtype)
+        yield from measured_if_right(case, checks.of(shape, variant), rows)
 
 
 class MixChecks:
@@ -111,22 +104,17 @@ class MixChecks:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, tokens: int = CHECKED_TOKENS) -> None:
         self._device, self._dtype, self._tokens = device, dtype, tokens
-        self._known: dict[tuple[MixShape, str], Checked] = {}
+        self._problems: dict[tuple[MixShape, str], list[str]] = {}
 
-    def new(self, shape: MixShape, variant: Variant) -> Iterator[Checked]:
-        """Make the check if it is not made yet, and give what it found."""
-        if (shape, variant.name) in self._known:
-            return
-        check = MixCheck(shape.inputs(self._tokens, self._dtype, self._device), shape.settings)
-        errors = check.errors(variant.mix)
-        problems = check.problems(errors, baseline=variant.baseline)
-        found = Checked(shape.name, variant.name, self._tokens, errors, problems)
-        self._known[shape, variant.name] = found
-        yield found
-
-    def problems(self, shape: MixShape, variant: Variant) -> list[str]:
-        """Of a check that was made."""
-        return self._known[shape, variant.name].problems
+    def of(self, shape: MixShape, variant: Variant) -> Checking:
+        """Make the check if it is not made yet."""
+        key = shape, variant.name
+        if key not in self._problems:
+            check = MixCheck(shape.inputs(self._tokens, self._dtype, self._device), shape.settings)
+            errors = check.errors(variant.mix)
+            self._problems[key] = check.problems(errors, baseline=variant.baseline)
+            yield Checked(shape.name, variant.name, self._tokens, errors, self._problems[key])
+        return self._problems[key]
 
 
 def _rows(
@@ -156,10 +144,10 @@ def _rows(
 
 
 def _workload(mix: Mix, shape: MixShape, inputs: Inputs) -> Workload:
-    leaves = {name: getattr(inputs, name).requires_grad_() for name in differentiable(inputs)}
+    leaves = [getattr(inputs, name).requires_grad_() for name in inputs.differentiable]
     positional, optional = arguments(inputs, shape.settings)
     return Workload(
         forward=lambda: mix(*positional, **optional),
-        leaves=list(leaves.values()),
+        leaves=leaves,
         gradients=random_gradients(inputs, shape.settings),
     )

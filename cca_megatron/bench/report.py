@@ -1,10 +1,10 @@
-"""From stored results to plots and to the table in the README. Every figure comes from a result file."""
+"""From stored results to the table in the README. Every figure comes from a result file."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cca_megatron.bench.results import FOLDER, newest, read_all, slug
+from cca_megatron.bench.results import FOLDER, label, newest, read_all
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 NOT_MEASURED = (
@@ -22,6 +22,7 @@ PUBLISHED = {
 """Microseconds at 16,384 tokens, read off the figures of arXiv 2510.04476: one H100, head dim 128."""
 _PUBLISHED_TOKENS = 16384
 _VARIANTS = ("fused", "compile", "eager")
+_PASSES = ("forward", "backward")
 
 Row = dict[str, Any]
 
@@ -35,7 +36,7 @@ def readme_table(results: list[dict[str, Any]]) -> str:
     for result in sorted(last, key=lambda r: (str(r["machine"]["device"]), r["benchmark"] != "mix")):
         parts += [_provenance(result), *_TABLES[result["benchmark"]](result)]
         if result["refused"]:
-            names = ", ".join(sorted({_label(row) for row in result["refused"]}))
+            names = ", ".join(sorted({label(row) for row in result["refused"]}))
             parts.append(f"Cases without a speed, because a check failed or they did not run: {names}.")
     return "\n\n".join(parts)
 
@@ -52,11 +53,6 @@ def update_readme(path: Path, folder: Path = FOLDER) -> None:
     if not begin or not end or BEGIN in after or END in after:
         raise ValueError(f"{path} must have the lines {BEGIN} and {END} once each, in this order")
     path.write_text(f"{before}{begin}{readme_table(read_all(folder))}\n{end}{after}")
-
-
-def plot(results: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Times over the length of the sequence, a picture for each of the newest results."""
-    return [_PLOTS[result["benchmark"]](result, folder) for result in newest(results)]
 
 
 def _provenance(result: dict[str, Any]) -> str:
@@ -79,62 +75,58 @@ def _mix_tables(result: dict[str, Any]) -> list[str]:
         own = [row for row in rows if row["shape"] == shape and row["tokens"] == tokens]
         line = [shape]
         for variant in _VARIANTS:
-            times = (_cell(own, "us", "{:,.0f}", variant=variant, which=which) for which in _TWO)
+            times = (_cell(own, "us", "{:,.0f}", variant=variant, which=which) for which in _PASSES)
             line.append(" / ".join(times))
-        for which in _TWO:
+        for which in _PASSES:
             speed = _cell(own, "gb_per_s", "{:,.0f}", variant="fused", which=which)
             line.append(f"{speed} ({_cell(own, 'of_copy', '{:.0%}', variant='fused', which=which)})")
         lines.append(line)
     return [_markdown(head, lines)]
 
 
-_TWO = ("forward", "backward")
-
-
 def _block_tables(result: dict[str, Any]) -> list[str]:
     rows = [row for row in result["rows"] if row["cuda_graph"]]
     blocks = [row for row in rows if row["part"] == "block"]
-    tables = []
-    if blocks:
-        lengths = sorted({row["tokens"] for row in blocks})
-        lines = []
-        for hidden, label in _ordered((row["hidden"], _label(row)) for row in blocks):
-            own = [row for row in blocks if _label(row) == label and row["hidden"] == hidden]
-            cells = [
-                _cell([row for row in own if row["tokens"] == tokens], "us", "{:,.0f}", which="both")
-                for tokens in lengths
-            ]
-            lines.append([f"{label}, E = {hidden:,}", *cells])
-        head = ["attention block, forward + backward, us", *(f"{tokens:,} tokens" for tokens in lengths)]
-        tables.append(_markdown(head, lines))
     cores = [row for row in rows if row["part"] == "core" and row["tokens"] == _PUBLISHED_TOKENS]
+    tables = [_block_table(blocks)] if blocks else []
     if cores:
         published = "H100" in str(result["machine"]["device"])
-        head = [
-            f"without projections, {_PUBLISHED_TOKENS:,} tokens, us",
-            "forward, causal",
-            "backward, no mask",
-        ]
-        if published:
-            head += ["forward, published", "backward, published"]
-        lines = []
-        for method, label in _ordered((row["method"], _label(row)) for row in cores):
-            own = [row for row in cores if _label(row) == label]
-            line = [label, *(_cell(own, "us", "{:,.0f}", which=which) for which in _TWO)]
-            if published:
-                line += [f"{PUBLISHED[method, w]:,}" if (method, w) in PUBLISHED else "" for w in _TWO]
-            lines.append(line)
-        tables.append(_markdown(head, lines))
+        tables.append(_core_table(cores, published))
         if published:
             tables.append("Published: read off the latency figures of arXiv 2510.04476, not measured here.")
     return tables
 
 
+def _block_table(rows: list[Row]) -> str:
+    lengths = sorted({row["tokens"] for row in rows})
+    lines = []
+    for hidden, name in _ordered((row["hidden"], label(row)) for row in rows):
+        own = [row for row in rows if (row["hidden"], label(row)) == (hidden, name)]
+        cells = [
+            _cell([row for row in own if row["tokens"] == tokens], "us", "{:,.0f}", which="both")
+            for tokens in lengths
+        ]
+        lines.append([f"{name}, E = {hidden:,}", *cells])
+    head = ["attention block, forward + backward, us", *(f"{tokens:,} tokens" for tokens in lengths)]
+    return _markdown(head, lines)
+
+
+def _core_table(rows: list[Row], published: bool) -> str:
+    head = [f"without projections, {_PUBLISHED_TOKENS:,} tokens, us", "forward, causal", "backward, no mask"]
+    if published:
+        head += ["forward, published", "backward, published"]
+    lines = []
+    for method, name in _ordered((row["method"], label(row)) for row in rows):
+        own = [row for row in rows if label(row) == name]
+        line = [name, *(_cell(own, "us", "{:,.0f}", which=which) for which in _PASSES)]
+        if published:
+            figures = (PUBLISHED.get((method, which)) for which in _PASSES)
+            line += ["" if figure is None else f"{figure:,}" for figure in figures]
+        lines.append(line)
+    return _markdown(head, lines)
+
+
 _TABLES = {"mix": _mix_tables, "block": _block_tables}
-
-
-def _label(row: Row) -> str:
-    return " ".join(filter(None, [row.get("shape") or row.get("method"), row["variant"]]))
 
 
 def _goal_length(rows: list[Row]) -> int:
@@ -158,50 +150,3 @@ def _cell(rows: list[Row], key: str, form: str, *, which: str, variant: str | No
 def _markdown(head: list[str], lines: list[list[str]]) -> str:
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
-
-
-def _plot_mix(result: dict[str, Any], folder: Path) -> Path:
-    rows = [row | {"panel": row["shape"], "line": row["variant"]} for row in result["rows"]]
-    return _plot_rows(rows, result, folder, "mix")
-
-
-def _plot_block(result: dict[str, Any], folder: Path) -> Path:
-    rows = [
-        row | {"panel": f"E = {row['hidden']:,}", "line": _label(row)}
-        for row in result["rows"]
-        if row["part"] == "block"
-    ]
-    return _plot_rows(rows, result, folder, "attention block")
-
-
-_PLOTS = {"mix": _plot_mix, "block": _plot_block}
-
-
-def _plot_rows(rows: list[Row], result: dict[str, Any], folder: Path, what: str) -> Path:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in rows if row["pass"] == "both" and row["cuda_graph"]]
-    panels = _ordered(row["panel"] for row in rows)
-    figure, grid = pyplot.subplots(
-        1, max(1, len(panels)), figsize=(5 * max(1, len(panels)), 4), layout="constrained", squeeze=False
-    )
-    for axes, panel in zip(grid[0], panels, strict=False):
-        for line in _ordered(row["line"] for row in rows if row["panel"] == panel):
-            points = sorted(
-                (row["tokens"], row["us"]) for row in rows if (row["panel"], row["line"]) == (panel, line)
-            )
-            axes.plot(*zip(*points, strict=True), label=line, marker="o", markersize=3)
-        axes.set(title=panel, xlabel="tokens", xscale="log", yscale="log")
-        axes.set_xscale("log", base=2)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    grid[0][0].set_ylabel("forward + backward, us")
-    figure.suptitle(f"{what}, {result['machine']['device']}, bf16, CUDA graphs")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result['benchmark']}-{slug(result['machine']['device'])}.png"
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    return path

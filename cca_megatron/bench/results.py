@@ -61,9 +61,13 @@ def describe(event: Event) -> str:
             return line
 
 
+def label(row: dict[str, Any]) -> str:
+    """Shape or method, and variant if it has several."""
+    return " ".join(filter(None, [row.get("shape") or row.get("method"), row["variant"]]))
+
+
 def _name(row: dict[str, Any]) -> str:
-    name = row.get("shape") or row.get("method")
-    return " ".join(filter(None, [name, row["variant"], f"{row['tokens']:,} tokens"]))
+    return f"{label(row)} {row['tokens']:,} tokens"
 
 
 @dataclass

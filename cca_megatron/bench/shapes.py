@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cca_kernels.triton.accuracy import random_inputs
 from cca_kernels.triton.launch import Inputs, Settings
-from cca_kernels.triton.tuning import random_inputs
 
 QUICK_TOKENS = (16384, 4096)
 ALL_TOKENS = (16384, 4096, 8192, 32768, 65536, 131072)

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +14,6 @@ import torch
 from typer.testing import CliRunner
 
 from cca_kernels import cca_mix, cca_mix_reference
-from cca_kernels.triton import tuning
-from cca_kernels.triton.configs import Tile, safe_config
-from cca_kernels.triton.launch import Inputs
 from cca_megatron.bench import block, command, machine, measure, report
 from cca_megatron.bench.attention import Core
 from cca_megatron.bench.check import MixCheck
@@ -298,8 +294,6 @@ def test_report_command(tmp_path):
 
 def test_readme_shows_the_stored_results(tmp_path):
     readme = ROOT / "README.md"
-    if report.BEGIN not in readme.read_text():
-        pytest.skip("README.md has no table of benchmarks")
     copy = tmp_path / "README.md"
     copy.write_text(readme.read_text())
     report.update_readme(copy, ROOT / "benchmarks/results")
@@ -347,104 +341,3 @@ def test_without_a_gpu_commands_refuse(arguments):
     assert run.returncode == 2
     assert run.stderr.startswith(f"error: cca-megatron bench {arguments.split()[0]} needs a CUDA GPU")
     assert not run.stdout
-
-
-class FakeKernels:
-    """Right results at a made-up cost. Some tiles are wrong, and some do not compile."""
-
-    now = 0
-
-    def __init__(self, inputs, settings, config):
-        self._inputs, self._settings, self._config = inputs, settings, config
-
-    def _results(self, gradients):
-        arguments = (self._inputs, self._settings, gradients, torch.float32)
-        return tuning.results_of(cca_mix_reference, *arguments)
-
-    def forward(self):
-        tile = self._config.mix
-        if tile.warps > 8:
-            raise RuntimeError("out of resource: shared memory")
-        FakeKernels.now += 1024 // tile.rows // tile.stages + tile.warps
-        if tile.rows == 16:  # the fastest, and wrong
-            FakeKernels.now -= 100
-        results = self._results(tuning.random_gradients(self._inputs, self._settings))
-        return results["q"] * (1.1 if tile.rows == 16 else 1), results["k"], results["v"], None
-
-    def backward(self, d_q, d_k, d_v, q, k, norms):
-        config = self._config
-        FakeKernels.now += config.latent_gradient.rows + 10000 // config.filter_gradient_programs
-        results = self._results((d_q, d_k, d_v))
-        return [results.get(f"gradient of {name}") for name in Inputs._fields]
-
-
-def fake_clock(run):
-    before = FakeKernels.now
-    run()
-    return FakeKernels.now - before
-
-
-def inputs(tokens=TOKENS):
-    return SHAPE.inputs(tokens, torch.float32, DEVICE)
-
-
-def test_tuning_takes_the_fastest_that_is_right(monkeypatch):
-    monkeypatch.setattr(tuning, "Launch", FakeKernels)
-    lines = []
-    config = tuning.tune(inputs(), SHAPE.settings, clock=fake_clock, report=lines.append)
-    assert config.mix == Tile(rows=64, inner=16, warps=4, stages=2)
-    assert config.latent_gradient.rows == 16
-    start = safe_config(torch.float32, 16)
-    assert config.conv_output_gradient == start.conv_output_gradient
-    assert config.filter_gradient_programs == 2 * start.filter_gradient_programs
-    for wrong in ("rows=16, inner=16, warps=4", "rows=64, inner=16, warps=16"):
-        of_wrong = [line for line in lines if line.startswith("mix") and wrong in line]
-        assert of_wrong
-        assert all("not timed" in line for line in of_wrong)
-
-
-def test_the_kernels_pass_the_check_of_the_tuner():
-    trial = tuning._Trial(inputs(), SHAPE.settings, fake_clock, print)
-    config = safe_config(torch.float32, 16)
-    assert trial.problem(config) is None
-    assert "ZeroDivisionError" in trial.problem(tuning._with_tile(config, "mix", rows=0))
-
-
-def test_tuned_tiles_are_measured_once_and_kept(monkeypatch, tmp_path):
-    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(tuning, "Launch", FakeKernels)
-    monkeypatch.setattr(tuning, "TIMED_TOKENS", TOKENS)
-    monkeypatch.setattr(tuning, "_in_use", {})
-
-    def refuse(run):
-        raise AssertionError("measured again")
-
-    # Below autograd, as in an operator.
-    with torch._C._AutoDispatchBelowAutograd():
-        first = tuning.tuned_config(inputs(3), SHAPE.settings, clock=fake_clock)
-    assert first.mix.rows == 64
-    assert tuning.tuned_config(inputs(3), SHAPE.settings, clock=refuse) is first
-    tuning._in_use.clear()  # as in another process
-    assert tuning.tuned_config(inputs(), SHAPE.settings, clock=refuse) == first
-    [path] = (tmp_path / "cache").glob("*.json")
-    stored = json.loads(path.read_text())
-    assert (stored["element_size"], stored["head_dim"]) == (4, 16)
-    assert not list((tmp_path / "cache").glob("*.tmp"))
-    path.write_text("{}")  # of another version
-    tuning._in_use.clear()
-    assert tuning.tuned_config(inputs(), SHAPE.settings, clock=fake_clock) == first
-
-
-def test_of_several_processes_one_tunes(tmp_path):
-    searches = []
-
-    def search():
-        searches.append(1)
-        time.sleep(0.2)
-        return safe_config(torch.float32, 16)
-
-    with ThreadPoolExecutor(4) as pool:
-        path = tmp_path / "tiles.json"
-        found = list(pool.map(lambda _: tuning._stored(path, {}, search), range(4)))
-    assert found == [safe_config(torch.float32, 16)] * 4
-    assert len(searches) == 1

@@ -56,6 +56,12 @@ class Inputs(NamedTuple):
     before: Tensor | None
     value_before: Tensor | None
 
+    @property
+    def differentiable(self) -> list[str]:
+        """Names of the tensors that are there and have a gradient."""
+        fixed = ("cos", "sin", "cu_seqlens")
+        return [name for name, x in self._asdict().items() if x is not None and name not in fixed]
+
 
 def empty_heads(like: Tensor, heads: int, order: str) -> Tensor:
     """An empty [S, B, heads, D] that lies in memory in this order, "sbhd", "bshd" or "bhsd"."""
@@ -200,8 +206,8 @@ class Launch:
         """Gradients of the tensors of ``Inputs``, in their order; None for what has none."""
         x = self.inputs
         if not self.rows:
-            zeros = {name: None if y is None else torch.zeros_like(y) for name, y in x._asdict().items()}
-            return [*Inputs(**zeros | dict.fromkeys(("cos", "sin", "cu_seqlens")))]
+            names = x.differentiable
+            return [torch.zeros_like(y) if name in names else None for name, y in x._asdict().items()]
         d_q, d_k, d_v = (g if g.stride(-1) == 1 else g.contiguous() for g in (d_q, d_k, d_v))
         d_mixed = torch.empty_like(x.mixed, memory_format=torch.contiguous_format)
         d_conv, d_temperature = self._conv_output_gradient(d_q, d_k, q, k, norms, scratch=d_mixed)

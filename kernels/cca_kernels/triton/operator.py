@@ -128,20 +128,10 @@ def _mix_backward(
 
 @_mix_backward.register_fake
 def _(d_q: Tensor, d_k: Tensor, d_v: Tensor, q: Tensor, k: Tensor, norms: Tensor, *rest: Any) -> list[Tensor]:
-    tensors = rest[: len(Inputs._fields)]
+    inputs = Inputs(*rest[: len(Inputs._fields)])
     return [
-        torch.empty_like(tensors[place], memory_format=torch.contiguous_format)
-        for place in _differentiable(tensors)
-    ]
-
-
-def _differentiable(tensors: Any) -> list[int]:
-    """Places of the inputs that have a gradient."""
-    fixed = {"cos", "sin", "cu_seqlens"}
-    return [
-        place
-        for place, (name, tensor) in enumerate(zip(Inputs._fields, tensors, strict=True))
-        if tensor is not None and name not in fixed
+        torch.empty_like(getattr(inputs, name), memory_format=torch.contiguous_format)
+        for name in inputs.differentiable
     ]
 
 
@@ -163,10 +153,8 @@ def _backward(
         out.new_zeros(out.shape) if g is None else g for out, g in zip(outputs, (d_q, d_k, d_v), strict=True)
     ]
     gradients = torch.ops.cca_kernels.mix_backward(*given, q, k, norms, *tensors, *ctx.settings)
-    result: list[Tensor | None] = [None] * (len(tensors) + len(ctx.settings))
-    for place, gradient in zip(_differentiable(tensors), gradients, strict=True):
-        result[place] = gradient
-    return tuple(result)
+    found = dict(zip(Inputs(*tensors).differentiable, gradients, strict=True))
+    return (*(found.get(name) for name in Inputs._fields), *(None for _ in ctx.settings))
 
 
 _mix.register_autograd(_backward, setup_context=_setup_context)

@@ -19,25 +19,24 @@ import torch
 import triton
 from torch import Tensor
 
-from cca_kernels.reference import Boundary, MixOptions, MixWeights, cca_mix_reference
+from cca_kernels.reference import cca_mix_reference
+from cca_kernels.triton.accuracy import (
+    allowed_error,
+    random_gradients,
+    random_inputs,
+    relative_errors,
+    results_of,
+)
 from cca_kernels.triton.configs import Config, Tile, config_for, safe_config
 from cca_kernels.triton.launch import Inputs, Launch, Settings
 
 CACHE_VARIABLE = "CCA_KERNELS_CACHE"
 """Environment variable that names the folder of tuned tiles, instead of ``~/.cache/cca_kernels``."""
-BOUNDS = {torch.bfloat16: (2.5e-3, 5e-3), torch.float16: (6.3e-4, 1.3e-3), torch.float32: (1e-5, 1e-5)}
-"""Relative error against fp64 that is allowed in outputs and in gradients."""
 TILES = ("mix", "conv_output_gradient", "latent_gradient", "filter_gradient")
 TIMED_TOKENS = 32768
 """Inputs and outputs of so many exceed the L2 cache of every GPU so far."""
 _CHECKED_TOKENS = 1999  # not a multiple of any tile, so that the last one is partial
 
-Mix = Callable[..., tuple[Tensor, Tensor, Tensor]]
-"""What takes and returns the same as :func:`cca_kernels.cca_mix_reference`."""
-Results = dict[str, Tensor]
-"""q, k, v, and "gradient of NAME" for every input that has one."""
-Gradients = tuple[Tensor, Tensor, Tensor]
-"""Of q, k and v."""
 Clock = Callable[[Callable[[], object]], float]
 """Runs a function and says how long it takes, in microseconds."""
 
@@ -45,112 +44,6 @@ Clock = Callable[[Callable[[], object]], float]
 def gpu_clock(run: Callable[[], object]) -> float:
     """Median over replays of a CUDA graph: the host's part in starting kernels is no matter of tiles."""
     return 1e3 * float(triton.testing.do_bench_cudagraph(run, return_mode="median"))
-
-
-def random_inputs(
-    tokens: int,
-    groups: int,
-    queries: int,
-    dim: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int = 0,
-) -> Inputs:
-    """One sequence as the released models have it: K0 = K1 = 2, biases, RoPE on half of the channels.
-
-    The process's own random numbers are left alone.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-    channels = groups * (queries + 1) * dim
-
-    def draw(*shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
-        return (torch.randn(shape, generator=generator, device=device) * scale + mean).to(dtype)
-
-    angles = torch.randn(tokens, 1, 1, dim // 4, generator=generator, device=device).repeat(1, 1, 1, 2)
-    return Inputs(
-        mixed=draw(tokens, 1, groups, queries + 2, dim),
-        conv0=draw(channels, 1, 2),
-        bias0=draw(channels, scale=0.1),
-        conv1=draw(channels, dim, 2, scale=(2 * dim) ** -0.5),
-        bias1=draw(channels, scale=0.1),
-        temperature=draw(groups, scale=0.1, mean=1.0),
-        cos=angles.cos(),
-        sin=angles.sin(),
-        cu_seqlens=None,
-        before=None,
-        value_before=None,
-    )
-
-
-def random_gradients(inputs: Inputs, settings: Settings) -> Gradients:
-    """Of q, k and v."""
-    mixed = inputs.mixed
-    generator = torch.Generator(mixed.device).manual_seed(1)
-    tokens, batch, groups, _, dim = mixed.shape
-
-    def draw(heads: int) -> Tensor:
-        drawn = torch.randn(tokens, batch, heads, dim, generator=generator, device=mixed.device)
-        return drawn.to(mixed.dtype)
-
-    return draw(groups * settings.query_count), draw(groups), draw(groups)
-
-
-def differentiable(inputs: Inputs) -> list[str]:
-    """Names of the inputs that are there and have a gradient."""
-    fixed = ("cos", "sin", "cu_seqlens")
-    return [name for name, x in inputs._asdict().items() if x is not None and name not in fixed]
-
-
-def arguments(inputs: Inputs, settings: Settings) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a ``Mix`` that does what the operator does with these."""
-    x = inputs
-    queries, values = x.mixed.shape[3] - 2, x.mixed.shape[2] * x.mixed.shape[4]
-    own = (settings.first_query, settings.query_count)
-    options = MixOptions(
-        qk_mean=settings.qk_mean,
-        value_delay_from=None if settings.value_delay_from == values else settings.value_delay_from,
-        temperature_form="exp" if settings.exponential else "linear",
-        rotary_interleaved=settings.interleaved,
-        query_heads=None if own == (0, queries) else own,
-        output_order=settings.order,  # type: ignore[arg-type]
-    )
-    weights = MixWeights(x.conv0, x.bias0, x.conv1, x.bias1, x.temperature)
-    optional = {
-        "rotary": None if x.cos is None or x.sin is None else (x.cos, x.sin),
-        "cu_seqlens": x.cu_seqlens,
-        "boundary": None
-        if x.before is None or x.value_before is None
-        else Boundary(x.before, x.value_before),
-    }
-    return (x.mixed, weights, options), optional
-
-
-def results_of(
-    mix: Mix, inputs: Inputs, settings: Settings, gradients: Gradients, dtype: torch.dtype
-) -> Results:
-    """Run a mix and its backward pass, with all inputs in another dtype (cos and sin stay as they are)."""
-    names = differentiable(inputs)
-    leaves = {name: getattr(inputs, name).detach().to(dtype).requires_grad_() for name in names}
-    positional, optional = arguments(inputs._replace(**leaves), settings)
-    outputs = mix(*positional, **optional)
-    found = torch.autograd.grad(outputs, list(leaves.values()), [g.to(dtype) for g in gradients])
-    results = dict(zip("qkv", (y.detach() for y in outputs), strict=True))
-    return results | {f"gradient of {name}": g for name, g in zip(names, found, strict=True)}
-
-
-def relative_errors(exact: Results, other: Results) -> dict[str, float]:
-    """|other - exact| / |exact| of each tensor in fp64; infinite where something is not finite."""
-    errors = {}
-    for name, reference in exact.items():
-        difference = (other[name].double() - reference.double()).norm().item()
-        error = difference / (reference.double().norm().item() or 1.0)
-        errors[name] = error if math.isfinite(error) else math.inf
-    return errors
-
-
-def allowed_error(name: str, dtype: torch.dtype) -> float:
-    """The bound for one tensor of ``Results``."""
-    return BOUNDS[dtype][name.startswith("gradient")]
 
 
 def tune(
@@ -166,7 +59,7 @@ def tune(
     and warps together, halved and doubled; then, around the best of these, the inner block halved and
     doubled, one pipeline stage less and more, and for the filter gradient half and twice the programs.
     A candidate must compile, start, and agree with the reference in fp64, outputs and gradients, by
-    ``BOUNDS``; only then is it timed.
+    ``accuracy.BOUNDS``; only then is it timed.
 
     Args:
         inputs: what to time; the check takes their first 1,999 tokens.
