@@ -187,7 +187,8 @@ class Launch:
         )  # fmt: skip
 
     def _start(self, kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-        kernel[(programs,)](*args, **options)
+        with torch.cuda.device_of(self.inputs.mixed):  # Triton starts kernels on the current device
+            kernel[(programs,)](*args, **options)
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v and the inverse norms [S * B, heads] in fp32."""
