@@ -176,14 +176,16 @@ def compare(layout: Layout, model: Model, bound: float = BOUND) -> None:
 def compare_rounding(layout: Layout, model: Model, dtype: torch.dtype, floor: float) -> None:
     """Fail if in this dtype this layout is twice as far from fp64 as one rank, and further than the floor.
 
-    A scalar's gradient is a sum in which most cancels, so a bound for all of them says little.
+    A scalar's gradient is a sum in which most cancels, so a bound for all of them says little; and of one or
+    two numbers the error is a matter of chance: four times, then.
     """
     weights, exact = reference(model)
     one, other = (run(model, where, dtype, f"{weights}/weights") for where in (Layout(), layout))
     for name, reference_value in {"logits": exact.logits, **exact.gradients}.items():
         values = [r.logits if name == "logits" else r.gradients[name] for r in (one, other)]
         of_one, error = (relative_error(reference_value, value) for value in values)
-        assert error <= max(2 * of_one, floor), f"{name}: error {error:.2e}, on one rank {of_one:.2e}"
+        times = 2 if reference_value.numel() > 2 else 4
+        assert error <= max(times * of_one, floor), f"{name}: error {error:.2e}, on one rank {of_one:.2e}"
 
 
 def forward_backward(model: Model, layout: Layout, ddps: list[DistributedDataParallel]) -> Tensor:
