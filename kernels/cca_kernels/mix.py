@@ -4,6 +4,7 @@ import logging
 import os
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from cca_kernels.reference import Boundary, MixOptions, MixWeights, cca_mix_reference
@@ -61,10 +62,9 @@ def _choose(backend: str, mixed: Tensor, weights: MixWeights) -> str:
     problems = kernel_problems(mixed, weights)
     if problems and asked == "triton":
         raise ValueError(f"{source}: the fused kernels do not take this call; " + "; ".join(problems))
-    if problems:
+    if problems and not torch.compiler.is_compiling():  # a log line would break the graph
         _log_once("the CCA mix runs without fused kernels: " + "; ".join(problems))
-        return "reference"
-    return "triton"
+    return "reference" if problems else "triton"
 
 
 @cache
