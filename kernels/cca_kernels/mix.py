@@ -45,21 +45,21 @@ def cca_mix(
     """
     _check(mixed, weights, options, rotary, cu_seqlens, boundary)
     mix = cca_mix_reference
-    if _choose(backend, mixed, weights) == "triton":
+    if _choose(backend, mixed, weights, rotary) == "triton":
         from cca_kernels.triton.operator import fused_mix as mix  # Triton is optional
     return mix(mixed, weights, options, rotary=rotary, cu_seqlens=cu_seqlens, boundary=boundary)
 
 
-def _choose(backend: str, mixed: Tensor, weights: MixWeights) -> str:
+def _choose(backend: str, mixed: Tensor, weights: MixWeights, rotary: tuple[Tensor, Tensor] | None) -> str:
     source, asked = f"backend={backend!r}", backend
     if backend == "auto":
-        asked = os.environ.get(VARIABLE, "auto")
+        asked = os.environ.get(VARIABLE) or "auto"
         source = f"{VARIABLE}={asked}"
     if asked not in ("auto", *BACKENDS):
         raise ValueError(f"{source} is unknown; use one of {('auto', *BACKENDS)}")
     if asked == "reference" or (asked == "auto" and not mixed.is_cuda):
         return "reference"
-    problems = kernel_problems(mixed, weights)
+    problems = kernel_problems(mixed, weights, rotary)
     if problems and asked == "triton":
         raise ValueError(f"{source}: the fused kernels do not take this call; " + "; ".join(problems))
     if problems and not torch.compiler.is_compiling():  # a log line would break the graph
@@ -120,7 +120,14 @@ def _check(
             )
     if options.temperature_form not in ("linear", "exp"):
         raise ValueError(f"temperature_form={options.temperature_form!r} must be 'linear' or 'exp'")
+    for conv in ("conv0", "conv1"):
+        if getattr(weights, f"{conv}_weight") is None and getattr(weights, f"{conv}_bias") is not None:
+            raise ValueError(f"{conv}_bias without {conv}_weight: a conv that is off has none; None works")
     if rotary is not None:
+        if rotary[0].shape[-1] != rotary[1].shape[-1]:
+            raise ValueError(
+                f"rotary cos has width {rotary[0].shape[-1]} and sin {rotary[1].shape[-1]}; both must be equal"
+            )
         for name, table in zip(("cos", "sin"), rotary, strict=True):
             width = table.shape[-1] if table.dim() == 4 else 0
             fits = table.dim() == 4 and table.shape[0] == tokens and table.shape[1] in (1, batch)

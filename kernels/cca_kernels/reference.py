@@ -105,9 +105,9 @@ def cca_mix_reference(
         options: switches.
         rotary: cos and sin, each broadcastable to [S, B, 1, rotary width], or None for no RoPE.
             The first ``rotary width`` channels of a head are rotated, the others pass.
-        cu_seqlens: [N+1] integers, where each segment starts, and the end of the last. Segments may
-            be empty. Tokens after the last end are padding: their outputs are exactly zero.
-            None means one segment.
+        cu_seqlens: [N+1] integers, where each segment starts, the first at 0, and the end of the last,
+            at most S. Segments may be empty. Tokens after the last end are padding: their outputs are
+            exactly zero. None means one segment.
         boundary: rows before each segment; None means that every segment starts a document.
 
     Returns:

@@ -40,6 +40,8 @@ CASES = {
     "kernel sizes 4, 4": Case(kernel_sizes=(4, 4), documents=(0, 3, 3, 30), boundary=True),
     "documents": Case(documents=(0, 1, 3, 3, 20, 37)),
     "documents and padding": Case(documents=(0, 17, 33)),
+    "documents that end beyond the tokens": Case(documents=(0, 20, 60)),
+    "documents that end beyond the tokens, boundary": Case(documents=(0, 36, 38), boundary=True),
     "padding alone": Case(documents=(0,)),
     "many documents": Case(tokens=70, batch=1, documents=tuple(range(71))),
     "boundary": Case(boundary=True),
@@ -61,7 +63,13 @@ CASES = {
 QUICK = {
     *("as released", "head dim 128", "RoPE of odd fraction", "RoPE, neighbours, half", "RoPE that scales"),
     *("exponential", "no convs", "kernel sizes 4, 4", "documents and padding", "boundary, documents"),
-    *("some queries, last", "bhsd", "no tokens, documents", f"{ROWS + 1} tokens"),
+    *(
+        "documents that end beyond the tokens, boundary",
+        "some queries, last",
+        "bhsd",
+        "no tokens, documents",
+        f"{ROWS + 1} tokens",
+    ),
 }
 
 

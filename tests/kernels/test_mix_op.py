@@ -36,6 +36,8 @@ REFUSED = {
     "even width": {"rotary": (TABLE[..., :3], TABLE[..., :3])},
     "cu_seqlens has shape": {"cu_seqlens": torch.tensor([0.0, 5.0])},
     "boundary.latents has shape": {"boundary": Boundary(torch.randn(1, 2), torch.randn(1, 1, 4))},
+    "conv0_bias without conv0_weight": {"weights": WEIGHTS._replace(conv0_weight=None)},
+    "cos has width 4 and sin 2": {"rotary": (TABLE, TABLE[..., :2])},
     "backend='gpu' is unknown": {"backend": "gpu"},
 }
 

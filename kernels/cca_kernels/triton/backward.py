@@ -36,7 +36,7 @@ def conv_output_gradient_kernel(
     """
     HEADS: tl.constexpr = 1 if KEY else COUNT
     unit, tile = tl.program_id(0) % (GROUPS * HEADS), tl.program_id(0) // (GROUPS * HEADS)
-    group, head = unit // HEADS, COUNT if KEY else unit % HEADS
+    group, head = (unit // HEADS).to(tl.int64), COUNT if KEY else (unit % HEADS).to(tl.int64)
     row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     alive = row < tokens * batch
     token, sample, since, _ = row_place(row, alive, segments, tokens, batch, PACKED)
@@ -108,7 +108,7 @@ def latent_gradient_kernel(
     OUT_HEADS: tl.constexpr = QUERIES + 1 if BEFORE else QUERIES + 2
     CHUNKS: tl.constexpr = DIM // BLOCK_K
     unit, tile = tl.program_id(0) % (GROUPS * HEADS), tl.program_id(0) // (GROUPS * HEADS)
-    group, place = unit // HEADS, QUERIES if KEY else unit % HEADS
+    group, place = (unit // HEADS).to(tl.int64), QUERIES if KEY else (unit % HEADS).to(tl.int64)
     row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     alive = row < rows
     if BEFORE:
@@ -119,7 +119,7 @@ def latent_gradient_kernel(
         start, end = tl.zeros_like(row), tl.zeros_like(row) + tokens
         if PACKED:
             start = tl.load(cu_seqlens + segment, mask=alive, other=0).to(tl.int32)
-            end = tl.load(cu_seqlens + segment + 1, mask=alive, other=0).to(tl.int32)
+            end = tl.minimum(tl.load(cu_seqlens + segment + 1, mask=alive, other=0), tokens).to(tl.int32)
         token = (start - back).to(tl.int64)
         until = tl.where(alive, end - 1 - start + back, -1)
     else:
@@ -161,7 +161,7 @@ def latent_gradient_kernel(
 
     if KEY and not BEFORE:
         # A delayed channel was read by the token after it.
-        delayed = (group * DIM + channel) >= delay_from
+        delayed = ((group * DIM).to(tl.int32) + channel) >= delay_from
         from_value = token * d_value_token + sample * d_value_sample + group * d_value_head
         from_value = d_value + from_value[:, None] + channel[None, :]
         value = tl.load(from_value, mask=real[:, None] & ~delayed[None, :], other=0.0)
@@ -188,7 +188,7 @@ def filter_gradient_kernel(
     pid = tl.program_id(0)
     block, tap = pid % BLOCKS, pid // BLOCKS % TAPS
     unit, split = pid // (BLOCKS * TAPS) % HEADS, pid // (BLOCKS * TAPS * HEADS)
-    group, head = unit // (COUNT + 1), unit % (COUNT + 1)
+    group, head = (unit // (COUNT + 1)).to(tl.int64), unit % (COUNT + 1)
     place = tl.where(head < COUNT, FIRST + head, QUERIES)
     taken = block % BLOCKS_IN * BLOCK_IN + tl.arange(0, BLOCK_IN)
     out = block // BLOCKS_IN * BLOCK_OUT + tl.arange(0, BLOCK_OUT)

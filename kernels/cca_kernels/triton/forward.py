@@ -75,7 +75,8 @@ def mix_kernel(
     """
     HEADS: tl.constexpr = 1 if KEY else COUNT
     unit, tile = tl.program_id(0) % (GROUPS * HEADS), tl.program_id(0) // (GROUPS * HEADS)
-    group, head = unit // HEADS, COUNT if KEY else unit % HEADS
+    # In 64 bits: with heads outermost in memory, a head is as large as all tokens.
+    group, head = (unit // HEADS).to(tl.int64), COUNT if KEY else (unit % HEADS).to(tl.int64)
     tau = 1.0
     if KEY:
         tau = temperature_of(temperature, group, EXPONENTIAL)
@@ -153,7 +154,7 @@ def mix_kernel(
 
     if KEY and RECOVER_BELOW == 0:
         values = group_latents + (QUERIES + 1) * mixed_head + at[:, None] + channel[None, :]
-        flat = group * DIM + channel
+        flat = (group * DIM).to(tl.int32) + channel
         delayed = flat >= delay_from
         value = tl.load(values, mask=real[:, None] & ~delayed[None, :], other=0.0)
         value += tl.load(values - mixed_token, mask=(since >= 1)[:, None] & delayed[None, :], other=0.0)

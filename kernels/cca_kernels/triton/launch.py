@@ -136,7 +136,9 @@ class Launch:
         out = starts.new_empty(3, self.tokens, dtype=torch.int32)
         count = starts.numel() - 1
         if count < 1:
-            return out.copy_(out.new_tensor([-1, -1, 0])[:, None].expand_as(out))
+            out.fill_(-1)
+            out[2] = 0
+            return out
         grid = triton.cdiv(self.tokens, _ROWS_PER_BLOCK)
         self._start(
             segments_kernel,

@@ -22,7 +22,7 @@ def segments_kernel(cu_seqlens, out, tokens, count, BLOCK: tl.constexpr, SEARCH_
         low = tl.where(searching & reached, middle, low)
         high = tl.where(searching & ~reached, middle, high)
     start = tl.load(cu_seqlens + low, mask=alive, other=0).to(tl.int32)
-    end = tl.load(cu_seqlens + low + 1, mask=alive, other=0).to(tl.int32)
+    end = tl.minimum(tl.load(cu_seqlens + low + 1, mask=alive, other=0), tokens).to(tl.int32)
     inside = alive & (token >= start) & (token < end)
     tl.store(out + token, tl.where(inside, token - start, -1), mask=alive)
     tl.store(out + tokens + token, tl.where(inside, end - 1 - token, -1), mask=alive)

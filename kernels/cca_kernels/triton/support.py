@@ -6,27 +6,30 @@ from torch import Tensor
 from cca_kernels.reference import MixWeights
 
 try:
-    import triton  # noqa: F401
+    import triton
 
-    HAVE_TRITON = True
+    HAVE_TRITON, INTERPRETED = True, bool(triton.knobs.runtime.interpret)
 except ImportError:  # no wheels for this platform
-    HAVE_TRITON = False
+    HAVE_TRITON, INTERPRETED = False, False
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_TAPS = 4
 
 
-def kernel_problems(mixed: Tensor, weights: MixWeights) -> list[str]:
+def kernel_problems(
+    mixed: Tensor, weights: MixWeights, rotary: tuple[Tensor, Tensor] | None = None
+) -> list[str]:
     """One message for each thing that keeps the fused kernels from this call; empty if they take it."""
     if not HAVE_TRITON:
         return ["triton is not installed; pip install triton (Linux)"]
     dim = mixed.shape[-1]
     k0, k1 = weights.kernel_sizes
     problems = []
-    if not mixed.is_cuda and not _interpreted():
+    if not mixed.is_cuda and not INTERPRETED:
         problems.append(
-            f"mixed is on {mixed.device}: a CUDA device works, or TRITON_INTERPRET=1 to try without one"
+            f"mixed is on {mixed.device}: a CUDA device works; to try kernels without one, start Python with "
+            "TRITON_INTERPRET=1"
         )
     elif mixed.is_cuda and torch.cuda.get_device_capability(mixed.device) < (8, 0):
         problems.append("the GPU is older than Ampere: compute capability 8.0 or newer works")
@@ -36,16 +39,11 @@ def kernel_problems(mixed: Tensor, weights: MixWeights) -> list[str]:
         problems.append(f"head dim {dim}: one of {HEAD_DIMS} works")
     if max(k0, k1) > _MOST_TAPS:
         problems.append(f"conv kernel sizes {(k0, k1)}: up to {_MOST_TAPS} taps each work")
+    if rotary is not None and any(table.requires_grad for table in rotary):
+        problems.append("rotary needs a gradient: tables without one work")
     return problems
 
 
 def can_run() -> bool:
     """Whether the kernels run on this machine, on a GPU or in Triton's interpreter."""
-    return HAVE_TRITON and (torch.cuda.is_available() or _interpreted())
-
-
-def _interpreted() -> bool:
-    """TRITON_INTERPRET=1, set before Triton was imported: kernels run on a CPU, slowly, to be tested."""
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
+    return HAVE_TRITON and (torch.cuda.is_available() or INTERPRETED)
