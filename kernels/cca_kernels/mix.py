@@ -126,7 +126,7 @@ def _check(
     if rotary is not None:
         if rotary[0].shape[-1] != rotary[1].shape[-1]:
             raise ValueError(
-                f"rotary cos has width {rotary[0].shape[-1]} and sin {rotary[1].shape[-1]}; both must be equal"
+                f"rotary cos has width {rotary[0].shape[-1]} and sin {rotary[1].shape[-1]}; they must agree"
             )
         for name, table in zip(("cos", "sin"), rotary, strict=True):
             width = table.shape[-1] if table.dim() == 4 else 0
