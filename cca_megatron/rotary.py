@@ -31,13 +31,16 @@ def rotary_tables(
     # Tables made in inference mode cannot be kept for a backward pass.
     key = (id(angles), scale, torch.is_inference_mode_enabled())
     kept = owner.__dict__.setdefault("cca_rotary_tables", {})
-    if key not in kept or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        at_tokens = angles
-        if positions is not None:
-            # Padding may lie beyond the table; its rows are not used.
-            at_tokens = angles[positions().clamp(max=angles.shape[0] - 1)]
-        tables = at_tokens.cos() * scale, at_tokens.sin() * scale
+    # What a CUDA graph makes has its values from the replay on, and is of no use outside of it.
+    captures = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if key in kept and not captures:
+        return kept[key][0]
+    at_tokens = angles
+    if positions is not None:
+        # Padding may lie beyond the table; its rows are not used.
+        at_tokens = angles[positions().clamp(max=angles.shape[0] - 1)]
+    tables = at_tokens.cos() * scale, at_tokens.sin() * scale
+    if not captures:
         # Packed documents outlive these angles, whose id would then be another's.
         kept[key] = (tables, None if packed_seq_params is None else angles)
-    tables, _ = kept[key]
     return tables
