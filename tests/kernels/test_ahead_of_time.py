@@ -1,6 +1,7 @@
 """Every shipped config compiles without a GPU, and what comes out is what was meant."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from cca_kernels.triton.ahead_of_time import END, MARK, Compiled
+from cca_kernels.triton.ahead_of_time import Compiled
 
 DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
 
@@ -40,8 +41,9 @@ def test_the_documents_have_the_table():
     text = DOCS.read_text()
     if f"triton {triton.__version__}" not in text:
         pytest.skip(f"the table is not of triton {triton.__version__}")
-    table = text.partition(MARK)[2].partition(END)[0]
-    assert table.strip() == compile_all("--dtype", "bfloat16").stdout.strip()
+    command = "python -m cca_kernels.triton.ahead_of_time --dtype bfloat16"
+    (table,) = re.findall(rf"<!-- {command} -->\n((?:\|.*\n)+)", text)
+    assert table == compile_all("--dtype", "bfloat16").stdout
 
 
 def compiled(**changes):
@@ -55,6 +57,7 @@ def test_the_gates_hold_back_what_they_should():
     assert compiled(spills=2).problems() == ["2 spilled accesses"]
     assert compiled(arch=80, shared=200 * 1024).problems() == ["204800 bytes of shared memory"]
     assert not compiled(shared=200 * 1024).problems()
+    assert compiled(narrow=1).problems() == ["1 strides multiplied in 32 bits"]
     assert compiled(wgmma=0).problems() == [
         "no tensor-core instruction"
     ]  # HMMA alone is not enough on Hopper

@@ -67,8 +67,8 @@ MISTAKES = {
     "mean of the key without the last query": (
         "forward",
         "mix_kernel",
-        "for query in tl.range(0, QUERIES, num_stages=1):",
-        "for query in tl.range(0, QUERIES - 1, num_stages=1):",
+        "for _ in tl.range(0, QUERIES, num_stages=1):",
+        "for _ in tl.range(0, QUERIES - 1, num_stages=1):",
     ),
     "boundary rows of another document": (
         "forward",

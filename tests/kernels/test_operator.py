@@ -130,3 +130,12 @@ def test_falling_back_is_said_once(monkeypatch, caplog):
     assert lines == [
         "the CCA mix runs without fused kernels: head dim 24: one of (16, 32, 64, 128, 256) works"
     ]
+
+
+def test_tables_that_need_a_gradient_are_for_the_reference(forced):
+    mixed, weights, options, inputs = Case(tokens=3).arguments(torch.float32, DEVICE)
+    inputs["rotary"] = tuple(table.requires_grad_() for table in inputs["rotary"])
+    assert not is_fused(cca_mix(mixed, weights, options, **inputs))
+    forced("triton")
+    with pytest.raises(ValueError, match="rotary needs a gradient"):
+        cca_mix(mixed, weights, options, **inputs)

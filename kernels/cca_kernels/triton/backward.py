@@ -189,7 +189,7 @@ def filter_gradient_kernel(
     block, tap = pid % BLOCKS, pid // BLOCKS % TAPS
     unit, split = pid // (BLOCKS * TAPS) % HEADS, pid // (BLOCKS * TAPS * HEADS)
     group, head = (unit // (COUNT + 1)).to(tl.int64), unit % (COUNT + 1)
-    place = tl.where(head < COUNT, FIRST + head, QUERIES)
+    place = tl.where(head < COUNT, FIRST + head, QUERIES).to(tl.int64)
     taken = block % BLOCKS_IN * BLOCK_IN + tl.arange(0, BLOCK_IN)
     out = block // BLOCKS_IN * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     latents = mixed + group * mixed_group + place * mixed_head

@@ -9,6 +9,7 @@ compile without spilling registers (``python -m cca_kernels.triton.ahead_of_time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def safe_config(dtype: torch.dtype, dim: int) -> Config:
     return _half(80, dim, 1, 108) if dtype.itemsize == 2 else _single(dim, 108)
 
 
-def config_for(arch: int | None, dtype: torch.dtype, dim: int) -> Config:
-    """Tiles for compute capability ``arch`` (80, 90, 100; None without a GPU)."""
-    return TABLE.get((arch or 0, dtype.itemsize, dim)) or safe_config(dtype, dim)
+def config_for(mixed: Tensor) -> Config:
+    """Tiles for these latents [..., D] on the device where they are."""
+    dim = mixed.shape[-1]
+    arch = 10 * torch.cuda.get_device_capability(mixed.device)[0] if mixed.is_cuda else None
+    return TABLE.get((arch or 0, mixed.dtype.itemsize, dim)) or safe_config(mixed.dtype, dim)

@@ -93,7 +93,8 @@ def mix_kernel(
     channel = tl.arange(0, DIM)
     at = token * mixed_token + sample * mixed_sample
     group_latents = mixed + group * mixed_group
-    place = QUERIES if KEY else FIRST + head
+    key_place = tl.full((), QUERIES, tl.int64)
+    place = key_place if KEY else FIRST + head
     z = convolve(
         group_latents + place * mixed_head, filters, biases, before, token, sample, segment, since,
         group, head, mixed_token, mixed_sample, batch,
@@ -102,11 +103,12 @@ def mix_kernel(
 
     if MEAN:
         latents = group_latents + at[:, None] + channel[None, :]
-        z += 0.5 * tl.load(latents + QUERIES * mixed_head, mask=real[:, None], other=0.0).to(tl.float32)
+        z += 0.5 * tl.load(latents + key_place * mixed_head, mask=real[:, None], other=0.0).to(tl.float32)
         if KEY:
-            for query in tl.range(0, QUERIES, num_stages=1):
-                x = tl.load(latents + query * mixed_head, mask=real[:, None], other=0.0)
+            for _ in tl.range(0, QUERIES, num_stages=1):
+                x = tl.load(latents, mask=real[:, None], other=0.0)
                 z += x.to(tl.float32) * (0.5 / QUERIES)
+                latents += mixed_head
         else:
             z += 0.5 * tl.load(latents + place * mixed_head, mask=real[:, None], other=0.0).to(tl.float32)
 
@@ -153,7 +155,7 @@ def mix_kernel(
         tl.store(to + channel[None, :], z.to(out.dtype.element_ty), mask=alive[:, None])
 
     if KEY and RECOVER_BELOW == 0:
-        values = group_latents + (QUERIES + 1) * mixed_head + at[:, None] + channel[None, :]
+        values = group_latents + (key_place + 1) * mixed_head + at[:, None] + channel[None, :]
         flat = (group * DIM).to(tl.int32) + channel
         delayed = flat >= delay_from
         value = tl.load(values, mask=real[:, None] & ~delayed[None, :], other=0.0)

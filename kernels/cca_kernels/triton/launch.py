@@ -121,11 +121,7 @@ class Launch:
             from cca_kernels.triton.tuning import tuned_config  # which launches kernels
 
             return tuned_config(self.inputs, self.settings)
-        arch = None
-        if mixed.is_cuda:
-            major, _ = torch.cuda.get_device_capability(mixed.device)
-            arch = 10 * major
-        return config_for(arch, mixed.dtype, self.dim)
+        return config_for(mixed)
 
     @cached_property
     def segments(self) -> Tensor | None:
@@ -270,6 +266,7 @@ class Launch:
         starts = self.inputs.cu_seqlens
         if starts is None:
             return delayed[:1].clone()
+        starts = starts.clamp(max=self.tokens)  # what is said to lie beyond is not there
         is_empty = (starts[1:] == starts[:-1])[:, None, None]
         return delayed[starts[:-1].clamp(max=self.tokens - 1)].masked_fill(is_empty, 0)
 

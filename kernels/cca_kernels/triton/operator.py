@@ -53,37 +53,30 @@ def _table(table: Tensor) -> Tensor:
     return table if table.stride(-1) == 1 else table.contiguous()
 
 
-@torch.library.custom_op("cca_kernels::mix", mutates_args=())
-def _mix(
-    mixed: Tensor,
-    conv0: Tensor | None,
-    bias0: Tensor | None,
-    conv1: Tensor | None,
-    bias1: Tensor | None,
-    temperature: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    cu_seqlens: Tensor | None,
-    before: Tensor | None,
-    value_before: Tensor | None,
-    qk_mean: bool,
-    value_delay_from: int,
-    exponential: bool,
-    interleaved: bool,
-    first: int,
-    count: int,
-    order: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = Inputs(
-        mixed, conv0, bias0, conv1, bias1, temperature, cos, sin, cu_seqlens, before, value_before
-    )
-    settings = Settings(qk_mean, value_delay_from, exponential, interleaved, first, count, order)
-    return Launch(inputs, settings).forward()
+# The fields of Inputs and of Settings.
+_ARGUMENTS = (
+    "Tensor mixed, Tensor? conv0, Tensor? bias0, Tensor? conv1, Tensor? bias1, Tensor temperature, "
+    "Tensor? cos, Tensor? sin, Tensor? cu_seqlens, Tensor? before, Tensor? value_before, "
+    "bool qk_mean, SymInt value_delay_from, bool exponential, bool interleaved, SymInt first_query, "
+    "SymInt query_count, str order"
+)
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[Inputs, Settings]:
+    count = len(Inputs._fields)
+    return Inputs(*arguments[:count]), Settings(*arguments[count:])
+
+
+@torch.library.custom_op(
+    "cca_kernels::mix", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _mix(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return Launch(*_split(arguments)).forward()
 
 
 @_mix.register_fake
-def _(mixed: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    settings = Settings(*rest[-len(Settings._fields) :])
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (mixed, *_), settings = _split(arguments)
     tokens, batch, groups = mixed.shape[:3]
     q = empty_heads(mixed, groups * settings.query_count, settings.order)
     k, v = (empty_heads(mixed, groups, settings.order) for _ in "kv")
@@ -91,44 +84,24 @@ def _(mixed: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q, k, v, norms
 
 
-@torch.library.custom_op("cca_kernels::mix_backward", mutates_args=())
+@torch.library.custom_op(
+    "cca_kernels::mix_backward",
+    mutates_args=(),
+    schema="(Tensor d_q, Tensor d_k, Tensor d_v, Tensor q, Tensor k, Tensor norms, "
+    f"{_ARGUMENTS}) -> Tensor[]",
+)
 def _mix_backward(
-    d_q: Tensor,
-    d_k: Tensor,
-    d_v: Tensor,
-    q: Tensor,
-    k: Tensor,
-    norms: Tensor,
-    mixed: Tensor,
-    conv0: Tensor | None,
-    bias0: Tensor | None,
-    conv1: Tensor | None,
-    bias1: Tensor | None,
-    temperature: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    cu_seqlens: Tensor | None,
-    before: Tensor | None,
-    value_before: Tensor | None,
-    qk_mean: bool,
-    value_delay_from: int,
-    exponential: bool,
-    interleaved: bool,
-    first: int,
-    count: int,
-    order: str,
+    d_q: Tensor, d_k: Tensor, d_v: Tensor, q: Tensor, k: Tensor, norms: Tensor, *arguments: Any
 ) -> list[Tensor]:
-    inputs = Inputs(
-        mixed, conv0, bias0, conv1, bias1, temperature, cos, sin, cu_seqlens, before, value_before
-    )
-    settings = Settings(qk_mean, value_delay_from, exponential, interleaved, first, count, order)
-    gradients = Launch(inputs, settings).backward(d_q, d_k, d_v, q, k, norms)
+    gradients = Launch(*_split(arguments)).backward(d_q, d_k, d_v, q, k, norms)
     return [gradient for gradient in gradients if gradient is not None]
 
 
 @_mix_backward.register_fake
-def _(d_q: Tensor, d_k: Tensor, d_v: Tensor, q: Tensor, k: Tensor, norms: Tensor, *rest: Any) -> list[Tensor]:
-    inputs = Inputs(*rest[: len(Inputs._fields)])
+def _(
+    d_q: Tensor, d_k: Tensor, d_v: Tensor, q: Tensor, k: Tensor, norms: Tensor, *arguments: Any
+) -> list[Tensor]:
+    inputs, _ = _split(arguments)
     return [
         torch.empty_like(getattr(inputs, name), memory_format=torch.contiguous_format)
         for name in inputs.differentiable
@@ -136,7 +109,7 @@ def _(d_q: Tensor, d_k: Tensor, d_v: Tensor, q: Tensor, k: Tensor, norms: Tensor
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.settings = inputs[: len(Inputs._fields)], inputs[len(Inputs._fields) :]
+    tensors, ctx.settings = _split(inputs)
     q, k, v, norms = output
     ctx.mark_non_differentiable(norms)
     ctx.set_materialize_grads(False)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 from cca_kernels.reference import cca_mix_reference
 from cca_kernels.triton.accuracy import (
@@ -72,7 +71,7 @@ def tune(
     """
     trial = _Trial(inputs, settings, clock, report)
     mixed = inputs.mixed
-    starts = (_table_config(mixed), safe_config(mixed.dtype, mixed.shape[-1]))
+    starts = (config_for(mixed), safe_config(mixed.dtype, mixed.shape[-1]))
     problems = [trial.problem(config) for config in starts]
     if None not in problems:
         raise RuntimeError(f"the kernels fail their check on {mixed.device}: {problems[0]}")
@@ -175,11 +174,6 @@ def _with_tile(config: Config, name: str, **fields: int) -> Config:
     return replace(config, **{name: replace(getattr(config, name), **fields)})
 
 
-def _table_config(mixed: Tensor) -> Config:
-    arch = 10 * torch.cuda.get_device_capability(mixed.device)[0] if mixed.is_cuda else None
-    return config_for(arch, mixed.dtype, mixed.shape[-1])
-
-
 def tuned_config(inputs: Inputs, settings: Settings, *, clock: Clock = gpu_clock) -> Config:
     """Tiles tuned for this GPU, from the cache or measured now (minutes, once) and stored there.
 
@@ -199,7 +193,7 @@ def tuned_config(inputs: Inputs, settings: Settings, *, clock: Clock = gpu_clock
     if path in _in_use:
         return _in_use[path]
     if mixed.is_cuda and torch.cuda.is_current_stream_capturing():
-        return _table_config(mixed)
+        return config_for(mixed)
 
     def measure() -> Config:
         groups, heads, dim = mixed.shape[2:]
