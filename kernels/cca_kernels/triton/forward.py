@@ -105,10 +105,11 @@ def mix_kernel(
         latents = group_latents + at[:, None] + channel[None, :]
         z += 0.5 * tl.load(latents + key_place * mixed_head, mask=real[:, None], other=0.0).to(tl.float32)
         if KEY:
+            query = tl.zeros((), tl.int64)
             for _ in tl.range(0, QUERIES, num_stages=1):
-                x = tl.load(latents, mask=real[:, None], other=0.0)
+                x = tl.load(latents + query, mask=real[:, None], other=0.0)
                 z += x.to(tl.float32) * (0.5 / QUERIES)
-                latents += mixed_head
+                query += mixed_head
         else:
             z += 0.5 * tl.load(latents + place * mixed_head, mask=real[:, None], other=0.0).to(tl.float32)
 
