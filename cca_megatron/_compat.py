@@ -16,11 +16,16 @@ if _version < _SUPPORTED:
     )
 
 # ruff: noqa: E402  the version comes first, so that an old Megatron gets a message and no traceback
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.jit import jit_fuser
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_decoder_layer_specs,
@@ -40,7 +45,9 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
@@ -70,6 +77,7 @@ from megatron.core.utils import (
     log_single_rank,
     nvtx_range_pop,
     nvtx_range_push,
+    unwrap_model,
 )
 
 if HAVE_TE:
@@ -89,6 +97,7 @@ __all__ = [
     "HAVE_TE",
     "AttnMaskType",
     "BaseInferenceContext",
+    "GPTModel",
     "HybridStack",
     "HybridStackSubmodules",
     "IdentityFuncOp",
@@ -97,6 +106,7 @@ __all__ = [
     "MLPLayer",
     "MegatronModule",
     "MoELayer",
+    "MoESubmodules",
     "MoETransformerLayer",
     "ModuleSpec",
     "MultiTokenPredictionBlock",
@@ -109,13 +119,17 @@ __all__ = [
     "SelfAttentionSubmodules",
     "ShardedTensor",
     "TESpecProvider",
+    "TopKRouter",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",
     "TransformerLayerSubmodules",
+    "apply_factories",
+    "compute_routing_scores_for_aux_loss",
     "cuts_whole_stream",
     "deprecate_inference_params",
     "ensure_metadata_has_dp_cp_group",
+    "finalize_model_grads",
     "get_gpt_decoder_block_spec",
     "get_gpt_decoder_layer_specs",
     "get_gpt_layer_local_submodules",
@@ -126,10 +140,14 @@ __all__ = [
     "get_transformer_layer_offset",
     "hybrid_stack_spec",
     "is_layer_window_attention",
+    "jit_fuser",
     "log_single_rank",
+    "nested_values",
     "nvtx_range_pop",
     "nvtx_range_push",
     "off_interface",
+    "parallel_state",
     "set_tensor_model_parallel_attributes",
     "tensor_parallel",
+    "unwrap_model",
 ]

@@ -23,6 +23,7 @@ from cca_megatron._compat import (
     TransformerConfig,
     deprecate_inference_params,
     ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
     nvtx_range_pop,
     nvtx_range_push,
     off_interface,
@@ -85,6 +86,10 @@ class CCASelfAttention(SelfAttention):
         dim, groups = self.hidden_size_per_attention_head, self.num_query_groups_per_partition
         share = self.group_share = GroupShare(self.config.num_query_groups, self.tp_group)
         self.query_heads_per_group = self.num_attention_heads_per_partition // groups
+        has_window = is_layer_window_attention(
+            self.config.window_size, self.config.window_attn_skip_freq, self.layer_number
+        )
+        self.rotary_base = self.cca.window_rotary_base if has_window else None
         channels = groups * (self.query_heads_per_group + 1) * dim
         k0, k1 = self.cca.conv_kernel_sizes
         initial = self.cca.initial_temperature
@@ -231,7 +236,14 @@ class CCASelfAttention(SelfAttention):
             if angles is not None:
                 counted = None if cu_seqlens is None else positions
                 scale = self._yarn_concentration_factor
-                rotary = rotary_tables(angles, scale, packed_seq_params, counted)
+                rotary = rotary_tables(
+                    angles,
+                    scale,
+                    packed_seq_params,
+                    counted,
+                    self.rotary_base,
+                    self.config.rotary_interleaved,
+                )
             own = MixWeights._make(getattr(self, name) for name in MixWeights._fields)
             weights = gradients_summed(own, self.group_share)
             resets = self.cca.reset_at_document_start

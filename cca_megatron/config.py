@@ -41,6 +41,9 @@ class CCAConfig:
     """Start convs and value shift afresh at every packed document; off mixes across documents."""
     recompute_mix: bool = False
     """Recompute convs, norm and RoPE in the backward pass instead of keeping q, k and v."""
+    window_rotary_base: float | None = None
+    """RoPE base of the layers that Megatron's ``window_size`` and ``window_attn_skip_freq`` give a sliding
+    window; None: that of the others."""
     packed_zigzag: PackedZigzag = "document"
     """How the data loader cuts packed documents over context-parallel ranks: each document for itself
     (Megatron's ``thd`` layout), or the whole stream, so that documents cross ranks anywhere. The latter
@@ -189,6 +192,9 @@ def own_problems(cca: CCAConfig) -> list[str]:
             "temperature_init=0 with temperature='linear': the keys would vanish and the convs get no "
             "gradient; 1.0 works"
         )
+    base = cca.window_rotary_base
+    if base is not None and (isinstance(base, bool) or not isinstance(base, int | float) or base <= 1):
+        problems.append(f"window_rotary_base={base!r}: must be a number above 1; 10000 works, or None")
     for name in ("conv0", "conv1", "conv_bias", "qk_mean", "value_shift"):
         problems += _must_be_bool(name, getattr(cca, name))
     for name in ("reset_at_document_start", "recompute_mix"):
@@ -273,6 +279,11 @@ def _conflicts(config: Any, cca: CCAConfig) -> list[str]:
     variant = getattr(config, "experimental_attention_variant", None)
     if variant is not None:
         problems.append(f"experimental_attention_variant={variant!r}: CCA is chosen by its spec; None works")
+    if cca.window_rotary_base is not None and not getattr(config, "window_size", None):
+        problems.append(
+            f"window_rotary_base={cca.window_rotary_base} with window_size=None: no layer has a sliding window; "
+            "window_size=(511, 0) works, or window_rotary_base=None"
+        )
     predicted = getattr(config, "mtp_num_layers", None)
     if predicted and cca.packed_zigzag == "stream" and getattr(config, "context_parallel_size", 1) > 1:
         problems.append(

@@ -17,6 +17,8 @@ def rotary_tables(
     scale: float,
     packed_seq_params: PackedSeqParams | None = None,
     positions: Callable[[], Tensor] | None = None,
+    base: float | None = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, each [S, 1 or B, 1, width].
 
@@ -25,11 +27,13 @@ def rotary_tables(
             ``positions`` says otherwise.
         scale: factor of both (the concentration of YaRN).
         packed_seq_params: packed documents of the micro-batch.
-        positions: makes [S], the position of each token in its document.
+        positions: makes the position of each token in its document, [S] or [S, B].
+        base: RoPE base to use instead of the table's.
+        interleaved: pairs are neighbouring channels.
     """
     owner = angles if packed_seq_params is None else packed_seq_params
     # Tables made in inference mode cannot be kept for a backward pass.
-    key = (id(angles), scale, torch.is_inference_mode_enabled())
+    key = (id(angles), scale, base, torch.is_inference_mode_enabled())
     kept = owner.__dict__.setdefault("cca_rotary_tables", {})
     # What a CUDA graph makes has its values from the replay on, and is of no use outside of it.
     captures = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -37,10 +41,25 @@ def rotary_tables(
         return kept[key][0]
     at_tokens = angles
     if positions is not None:
-        # Padding may lie beyond the table; its rows are not used.
-        at_tokens = angles[positions().clamp(max=angles.shape[0] - 1)]
+        at_tokens = _rows(angles, positions())
+    if base is not None:
+        at_tokens = _with_base(at_tokens, base, interleaved)
     tables = at_tokens.cos() * scale, at_tokens.sin() * scale
     if not captures:
         # Packed documents outlive these angles, whose id would then be another's.
         kept[key] = (tables, None if packed_seq_params is None else angles)
     return tables
+
+
+def _rows(angles: Tensor, positions: Tensor) -> Tensor:
+    """[S, 1 or B, 1, width]; padding may lie beyond the table, and its rows are not used."""
+    rows = angles[positions.clamp(0, angles.shape[0] - 1)]
+    return rows if positions.dim() == 1 else rows[:, :, 0]
+
+
+def _with_base(angles: Tensor, base: float, interleaved: bool) -> Tensor:
+    """The same positions with another base: the first pair turns by one radian per token with any."""
+    width = angles.shape[-1]
+    exponents = torch.arange(0, width, 2, device=angles.device, dtype=angles.dtype) / width
+    turned = angles[..., :1] * (1.0 / base**exponents)
+    return turned.repeat_interleave(2, -1) if interleaved else torch.cat([turned, turned], -1)

@@ -82,10 +82,10 @@ def cca_layer_spec(config: Any, cca: CCAConfig | None = None) -> ModuleSpec:
         ValueError: the settings do not fit together, or ``moe_layer_freq`` mixes dense and MoE layers.
         RuntimeError: the configuration wants Transformer Engine and it is not installed.
     """
-    config = _transformer_config(config)
+    config = transformer_config(config)
     use_te = _wants_te(config)
     layers = _layer_specs(config, use_te, cca)
-    if len({_is_moe(layer.submodules) for layer in layers}) > 1:
+    if len({is_moe(layer.submodules) for layer in layers}) > 1:
         raise ValueError(
             f"moe_layer_freq={config.moe_layer_freq}: cca_layer_spec is one layer for the whole model, and "
             "these are dense and MoE layers; cca_decoder_block_spec works"
@@ -115,7 +115,7 @@ def cca_decoder_block_spec(
         ValueError: the settings do not fit together.
         RuntimeError: the configuration wants Transformer Engine and it is not installed.
     """
-    config = _transformer_config(config)
+    config = transformer_config(config)
     use_te = _wants_te(config)
     cca = _checked(config, cca)
     block = get_gpt_decoder_block_spec(
@@ -135,7 +135,7 @@ def cca_mtp_block_spec(config: Any, vp_stage: int | None = None, cca: CCAConfig 
 
     Megatron's own builder gives them ordinary attention, whatever spec the decoder has.
     """
-    config = _transformer_config(config)
+    config = transformer_config(config)
     if config.mtp_num_layers is None:
         return None
     backend = TESpecProvider() if _wants_te(config) else CCALocalSpecProvider()
@@ -162,8 +162,8 @@ def cca_hybrid_stack_spec(use_te: bool, cca: CCAConfig | None = None) -> ModuleS
     return ModuleSpec(module=_HybridStack, submodules=replace(submodules, attention_layer=with_cca))
 
 
-def _transformer_config(config: Any) -> TransformerConfig:
-    """Megatron's model builder passes its GPTModelConfig, other callers the TransformerConfig."""
+def transformer_config(config: Any) -> TransformerConfig:
+    """The TransformerConfig: Megatron's model builder passes its GPTModelConfig, other callers the TransformerConfig."""
     return getattr(config, "transformer", config)
 
 
@@ -222,7 +222,8 @@ def _replace_attention(submodules: TransformerLayerSubmodules, cca: CCAConfig) -
     return replace(submodules, self_attention=attention)
 
 
-def _is_moe(submodules: TransformerLayerSubmodules) -> bool:
+def is_moe(submodules: TransformerLayerSubmodules) -> bool:
+    """Whether a layer of these parts is a mixture of experts."""
     return getattr(submodules.mlp, "func", None) is MoELayer
 
 
@@ -235,7 +236,7 @@ def _localize(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodu
     # In checkpoints a norm is named as Transformer Engine names it, fused into the linear after it, so
     # that what one backend saved the other loads. A MoE layer has no such linear.
     names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    if not _is_moe(submodules):
+    if not is_moe(submodules):
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return replace(
         submodules,
