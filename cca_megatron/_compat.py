@@ -35,6 +35,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
     FineGrainedActivationOffloadingInterface as off_interface,
 )
@@ -72,6 +73,7 @@ from megatron.core.transformer.utils import (
 )
 from megatron.core.utils import (
     deprecate_inference_params,
+    get_model_config,
     get_pg_rank,
     get_pg_size,
     log_single_rank,
@@ -134,6 +136,7 @@ __all__ = [
     "get_gpt_decoder_layer_specs",
     "get_gpt_layer_local_submodules",
     "get_gpt_mtp_block_spec_for_backend",
+    "get_model_config",
     "get_num_layers_to_build",
     "get_pg_rank",
     "get_pg_size",
@@ -147,6 +150,7 @@ __all__ = [
     "nvtx_range_push",
     "off_interface",
     "parallel_state",
+    "schedules",
     "set_tensor_model_parallel_attributes",
     "tensor_parallel",
     "unwrap_model",

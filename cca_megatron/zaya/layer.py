@@ -42,8 +42,9 @@ class ZayaLayer(TransformerLayer):
         stage_layers = get_num_layers_to_build(
             config, kwargs.get("vp_stage"), get_pg_rank(self.pg_collection.pp)
         )
-        self.starts_stage = layer_number == 1 and self.layer_number > 1
-        self.ends_stage = layer_number == stage_layers and self.layer_number < config.num_layers
+        carries = zaya.carries_state
+        self.starts_stage = carries and layer_number == 1 and self.layer_number > 1
+        self.ends_stage = carries and layer_number == stage_layers and self.layer_number < config.num_layers
         scales_input = zaya.residual_scaling and self.layer_number == 1
         self.input_scale = channel_parameter(config, config.hidden_size, 1.0) if scales_input else None
         self.input_bias = channel_parameter(config, config.hidden_size, 0.0) if scales_input else None
@@ -55,9 +56,8 @@ class ZayaLayer(TransformerLayer):
 
         The first layer of a stage takes, and the last one gives, both side by side: [s, b, hidden + r].
         """
-        width = self.config.hidden_size
-        if self.starts_stage and hidden_states.shape[-1] > width:
-            sizes = [width, hidden_states.shape[-1] - width]
+        sizes = [self.config.hidden_size, self.zaya.router_hidden_size]
+        if self.starts_stage:
             hidden_states, context = (part.contiguous() for part in hidden_states.split(sizes, -1))
         if self.input_scale is not None:
             embedded = hidden_states.to(self.input_scale.dtype)
@@ -69,7 +69,9 @@ class ZayaLayer(TransformerLayer):
         hidden_states, _ = super().forward(hidden_states=hidden_states, **kwargs)
         if mlp is not None:
             context, mlp.router_state = mlp.router_state, None
-        if self.ends_stage and context is not None:
+        if self.ends_stage:
+            if context is None:  # no expert layer yet
+                context = hidden_states.new_zeros(*hidden_states.shape[:-1], sizes[1])
             hidden_states = torch.cat([hidden_states, context.to(hidden_states.dtype)], -1)
         return hidden_states, context
 

@@ -26,6 +26,7 @@ from cca_megatron.config import CCAConfig
 from cca_megatron.zaya.balancing import balance_at_every_step
 from cca_megatron.zaya.layer import ZayaLayer
 from cca_megatron.zaya.moe_layer import ZayaMoELayer
+from cca_megatron.zaya.pipeline import widen_pipeline
 from cca_megatron.zaya.residual import ResidualScaling
 from cca_megatron.zaya.router import ZayaRouter
 from cca_megatron.zaya.settings import ZayaSettings, check_zaya
@@ -40,8 +41,8 @@ def zaya_decoder_block_spec(
 ) -> TransformerBlockSubmodules:
     """The decoder layers of this pipeline stage with CCA and ZAYA's parts, and the final norm.
 
-    Sets what these parts need on the configuration: shapes that differ between pipeline stages, layers that
-    differ in checkpoints, and the update of the balancing biases.
+    Sets what these parts need on the configuration: layers that differ in checkpoints, the shape of what
+    pipeline stages send, and the update of the balancing biases.
 
     Args:
         config: a TransformerConfig, or Megatron's GPTModelConfig around one.
@@ -72,7 +73,7 @@ def _prepare(config: TransformerConfig, zaya: ZayaSettings) -> None:
     # Some layers have parameters that others lack.
     config.hetereogenous_dist_checkpoint = True
     if zaya.carries_state and config.pipeline_model_parallel_size > 1:
-        config.variable_seq_lengths = True  # stages then tell each other the shape that they send
+        widen_pipeline(config, zaya.router_hidden_size)
     if zaya.has_mlp_router:
         balance_at_every_step(config)
 

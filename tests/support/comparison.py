@@ -227,7 +227,8 @@ def forward_backward(model: Model, layout: Layout, ddps: list[DistributedDataPar
         seq_length=length,
         micro_batch_size=mine[0].shape[0],
     )
-    finalize_model_grads(ddps)
+    if ddps[0].module.config.finalize_model_grads_func is None:  # else the schedule has called it
+        finalize_model_grads(ddps)
     logits = None
     if seen:
         order = np.argsort(np.concatenate([cut.token_indices(r) for r in range(context.size())]))

@@ -36,6 +36,18 @@ class Layout:
     ep: int = 1
     etp: int = 1
 
+    def settings(self) -> dict[str, Any]:
+        """As a TransformerConfig names them."""
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "sequence_parallel": self.sp,
+            "context_parallel_size": self.cp,
+            "pipeline_model_parallel_size": self.pp,
+            "virtual_pipeline_model_parallel_size": self.vpp if self.vpp > 1 else None,
+            "expert_model_parallel_size": self.ep,
+            "expert_tensor_parallel_size": self.etp,
+        }
+
     def __str__(self) -> str:
         sizes = {name: size for name, size in dataclasses.asdict(self).items() if name != "sp" and size > 1}
         return "-".join([f"{name}{size}" for name, size in sizes.items()] + ["sp"] * self.sp) or "single"
@@ -104,17 +116,10 @@ def tiny_config(layout: Layout | None = None, **settings: Any) -> TransformerCon
         "use_cpu_initialization": True,
         "bias_dropout_fusion": False,
         "gradient_accumulation_fusion": False,
-        "tensor_model_parallel_size": layout.tp,
-        "sequence_parallel": layout.sp,
-        "context_parallel_size": layout.cp,
-        "pipeline_model_parallel_size": layout.pp,
-        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
-        "expert_model_parallel_size": layout.ep,
-        "expert_tensor_parallel_size": layout.etp,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
     }
-    return TransformerConfig(**(defaults | settings))
+    return TransformerConfig(**(defaults | layout.settings() | settings))
 
 
 MOE = {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from support.closeness import assert_close
 from support.comparison import Model, forward_backward
-from support.megatron import Layout, parallel, tiny_config
+from support.megatron import Layout, parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
@@ -76,6 +76,7 @@ class ZayaPair(Model):
     """The same model in ``transformers`` and in Megatron, and its input."""
 
     skips: bool = True
+    skip_output: str = "zero"
 
     def theirs(self, dtype: torch.dtype) -> ZayaForCausalLM:
         return random_zaya(dtype, self.skips)
@@ -83,10 +84,9 @@ class ZayaPair(Model):
     def build(self, layout: Layout, dtype: torch.dtype) -> list[GPTModel]:
         config = zaya_config()
         settings, cca = config_from_hf(config)
-        of_tests = tiny_config(layout)
-        names = [name for name in vars(of_tests) if name.endswith("_parallel_size")]
-        transformer = {name: getattr(of_tests, name) for name in names} | {
-            "sequence_parallel": layout.sp,
+        settings["zaya_skip_output"] = self.skip_output
+        transformer = {
+            **layout.settings(),
             "transformer_impl": "local",
             "use_cpu_initialization": True,
             "bias_dropout_fusion": False,
