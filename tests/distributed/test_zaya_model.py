@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-from support.closeness import assert_close
 from support.comparison import compare
-from support.megatron import Layout, parallel
+from support.megatron import Layout
 
 zaya = pytest.importorskip("support.zaya_model", reason="transformers >= 5.23 is not installed")
 
-from cca_megatron.hf import export_hf_state_dict, load_hf_state_dict  # noqa: E402
+from cca_megatron.training import megatron_fixes  # noqa: E402
+from cca_megatron.zaya.layer import ZayaLayer  # noqa: E402
+from cca_megatron.zaya.router import ZayaRouter  # noqa: E402
 
 BOUND = 1e-10
 TWO = [
@@ -61,6 +61,7 @@ def test_equals_transformers_with_packed_documents(layout):
     ids=["uniform", "block", "selective"],
 )
 def test_recomputation_hands_the_router_state_on(layout, recompute):
+    megatron_fixes.apply()  # Megatron cannot recompute a norm without Transformer Engine
     zaya.ZayaPair(recompute).compare(layout, torch.float64, BOUND)
 
 
@@ -70,7 +71,68 @@ def test_tokens_skip_with_every_dispatcher(dispatcher):
     pair.compare(Layout(tp=2, sp=True, ep=2), torch.float64, BOUND)
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2, sp=True), Layout(ep=2), Layout(pp=2)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(tp=2, sp=True), Layout(tp=2, sp=True, ep=2), Layout(ep=2)], ids=str)
 def test_the_first_releases_skip_is_counted_once(layout):
     """A skipped token adds its own normalised input, which every tensor-parallel rank has in full."""
-    compare(layout, zaya.ZayaPair(skip_output="input"))
+    with zaya.skipped_tokens_add_their_input():
+        zaya.ZayaPair(skip_output="input").compare(layout, torch.float64, BOUND)
+
+
+def detached_state(monkeypatch):
+    gating = ZayaRouter.gating
+
+    def broken(self, x):
+        self.state = None if self.state is None else self.state.detach()
+        return gating(self, x)
+
+    monkeypatch.setattr(ZayaRouter, "gating", broken)
+
+
+def skip_added_by_every_rank(monkeypatch):
+    routing = ZayaRouter.routing
+
+    def broken(self, logits, padding_mask=None):
+        result = routing(self, logits, padding_mask)
+        self.skip_weight = self.skip_weight * self.tp_group.size()
+        return result
+
+    monkeypatch.setattr(ZayaRouter, "routing", broken)
+
+
+def rounded_between_stages(monkeypatch):
+    forward = ZayaLayer.forward
+
+    def broken(self, hidden_states, context=None, **kwargs):
+        hidden_states, context = forward(self, hidden_states, context, **kwargs)
+        if self.ends_stage:
+            width = self.config.hidden_size
+            hidden_states = torch.cat([hidden_states[..., :width], hidden_states[..., width:].float()], -1)
+        return hidden_states, context
+
+    monkeypatch.setattr(ZayaLayer, "forward", broken)
+
+
+def biases_ignored(monkeypatch):
+    routing = ZayaRouter.routing
+
+    def broken(self, logits, padding_mask=None):
+        self.balancing_biases.zero_()
+        return routing(self, logits, padding_mask)
+
+    monkeypatch.setattr(ZayaRouter, "routing", broken)
+
+
+@pytest.mark.parametrize(
+    ("layout", "mistake"),
+    [
+        (Layout(tp=2, sp=True), detached_state),
+        (Layout(tp=2, sp=True), skip_added_by_every_rank),
+        (Layout(ep=2), biases_ignored),
+        (Layout(pp=2), rounded_between_stages),
+    ],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_a_mistake_is_noticed(monkeypatch, layout, mistake):
+    mistake(monkeypatch)
+    with zaya.skipped_tokens_add_their_input(), pytest.raises(AssertionError, match="relative error"):
+        zaya.ZayaPair(skip_output="input").compare(layout, torch.float64, BOUND)

@@ -66,8 +66,10 @@ def random_zaya(
                 parameter.uniform_(0.5, 1.5)
         for layer in model.model.layers:
             gate = layer.mlp.gate
-            gate.balancing_biases.normal_(std=0.05)
-            gate.balancing_biases[-1] = 0.0 if skips else -1.0
+            gate.router_mlp.out_proj.weight.mul_(0.5)  # so that every class is chosen
+            gate.balancing_biases.normal_(std=0.02)
+            if not skips:
+                gate.balancing_biases[-1] = -1.0
     return model.train()
 
 
@@ -152,3 +154,25 @@ def without_float32_casts() -> Iterator[None]:
     finally:
         for cls, original in originals.items():
             cls.forward = original
+
+
+@contextlib.contextmanager
+def skipped_tokens_add_their_input() -> Iterator[None]:
+    """``transformers``' ZAYA with what the first release does for a skipped token."""
+    original = modeling_zaya.ZayaSparseMoeBlock.forward
+    skipped: list[int] = []
+
+    def forward(self: Any, hidden_states: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        output, new_states = original(self, hidden_states, states)
+        logits, *_ = self.gate(hidden_states, router_states=states)
+        probabilities = logits.view(*hidden_states.shape[:2], -1).softmax(-1)
+        skips = (probabilities.detach() + self.gate.balancing_biases).argmax(-1) == self.gate.num_experts
+        skipped.append(int(skips.sum()))
+        return output + (probabilities[..., -1] * skips)[..., None] * hidden_states, new_states
+
+    modeling_zaya.ZayaSparseMoeBlock.forward = forward
+    try:
+        yield
+        assert sum(skipped), "no token skips"
+    finally:
+        modeling_zaya.ZayaSparseMoeBlock.forward = original
