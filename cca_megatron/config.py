@@ -281,7 +281,7 @@ def _conflicts(config: Any, cca: CCAConfig) -> list[str]:
         problems.append(f"experimental_attention_variant={variant!r}: CCA is chosen by its spec; None works")
     if cca.window_rotary_base is not None and not getattr(config, "window_size", None):
         problems.append(
-            f"window_rotary_base={cca.window_rotary_base} with window_size=None: no layer has a sliding window; "
+            f"window_rotary_base={cca.window_rotary_base} with window_size=None: no layer has a window; "
             "window_size=(511, 0) works, or window_rotary_base=None"
         )
     predicted = getattr(config, "mtp_num_layers", None)

@@ -163,7 +163,7 @@ def cca_hybrid_stack_spec(use_te: bool, cca: CCAConfig | None = None) -> ModuleS
 
 
 def transformer_config(config: Any) -> TransformerConfig:
-    """The TransformerConfig: Megatron's model builder passes its GPTModelConfig, other callers the TransformerConfig."""
+    """Megatron's model builder passes its GPTModelConfig, other callers the TransformerConfig in it."""
     return getattr(config, "transformer", config)
 
 

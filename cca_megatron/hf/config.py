@@ -179,7 +179,11 @@ def _refuse(config: Mapping[str, Any]) -> None:
         f"{name}={config.get(name)!r}: {reason}"
         for name, broken, reason in (
             ("model_type", config.get("model_type", "zaya") != "zaya", "must be 'zaya'"),
-            ("attention_bias", config.get("attention_bias"), "Megatron's CCA projections have no bias; False"),
+            (
+                "attention_bias",
+                config.get("attention_bias"),
+                "the projections have no bias; False",
+            ),
             ("lm_head_bias", config.get("lm_head_bias"), "Megatron's output layer has no bias; False"),
             ("hidden_act", config.get("hidden_act", "silu") != "silu", "the experts are SwiGLU; 'silu'"),
             (
@@ -210,7 +214,7 @@ def _rope_parameters(config: Mapping[str, Any], kinds: list[str]) -> dict[str, d
     for kind, rope in ropes.items():
         if rope.get("rope_type", "default") != "default":
             raise ConversionError(
-                f"rope_parameters[{kind!r}]={rope}: Megatron's model has plain RoPE; rope_type='default' works"
+                f"rope_parameters[{kind!r}]={rope}: the model has plain RoPE; rope_type='default' works"
             )
     widths = {rope["partial_rotary_factor"] for rope in ropes.values()}
     if len(widths) > 1:

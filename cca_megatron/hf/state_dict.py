@@ -88,7 +88,9 @@ def sizes_of(model: Model) -> Sizes:
     chunk = _chunks(model)[0]
     layer = next((module for module in chunk.modules() if isinstance(module, ZayaLayer)), None)
     if layer is None:
-        raise ConversionError(f"{type(chunk).__name__} has no layers of ZAYA: zaya_decoder_block_spec makes them")
+        raise ConversionError(
+            f"{type(chunk).__name__} has no layers of ZAYA: zaya_decoder_block_spec makes them"
+        )
     config, zaya, cca = layer.config, layer.zaya, layer.self_attention.cca
     return Sizes(
         layers=config.num_layers,
@@ -157,7 +159,7 @@ def _place(shard: ShardedTensor) -> tuple[int | slice, ...]:
     return _Part.of(shard).place
 
 
-def _chunks(model: Model) -> list[torch.nn.Module]:
+def _chunks(model: Model) -> list[Any]:
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     return [unwrap_model(chunk) for chunk in chunks]
 

@@ -1,10 +1,10 @@
 """Which tensors of a ZAYA checkpoint in ``transformers`` are which in Megatron, and in what order.
 
-On Megatron's side a name is the key in a distributed checkpoint and a tensor is the whole one, so that nothing
-here depends on how a model is cut.
+On Megatron's side a name is the key in a distributed checkpoint and a tensor is the whole one, so that
+nothing here depends on how a model is cut.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class TensorMap:
     """One tensor of Megatron, and the one or more of ``transformers`` that hold the same numbers."""
 
     megatron: str
-    hf: dict[str, Shape]
+    hf: Mapping[str, Shape]
     """Their names and shapes."""
     join: Callable[[Sequence[Tensor]], Tensor]
     """Megatron's from those of ``transformers``."""
@@ -155,7 +155,9 @@ def _residual(sizes: Sizes, ours: str, theirs: str) -> list[TensorMap]:
             ("mlp_bda", "post_mlp_residual_scale"),
         )
         for name in ("hidden_states_scale", "hidden_states_bias", "residual_scale", "residual_bias")
-    ] + [_same(ours + "pre_mlp_layernorm.weight", theirs + "post_attention_layernorm.weight", (sizes.hidden,))]
+    ] + [
+        _same(ours + "pre_mlp_layernorm.weight", theirs + "post_attention_layernorm.weight", (sizes.hidden,))
+    ]
 
 
 def _moe(sizes: Sizes, ours: str, theirs: str, averages: bool) -> list[TensorMap]:

@@ -9,7 +9,8 @@ from argparse import Namespace
 
 from cca_megatron._compat import HAVE_TE
 from cca_megatron.config import config_problems
-from cca_megatron.training.arguments import cca_config_from_args, is_packed
+from cca_megatron.training.arguments import cca_config_from_args, is_packed, zaya_settings_from_args
+from cca_megatron.zaya.settings import zaya_problems
 
 _Rules = list[tuple[object, str]]
 """(whether it is broken, message)"""
@@ -32,6 +33,9 @@ def argument_problems(args: Namespace) -> list[str]:
     # The other rules calculate with these.
     if not problems:
         problems = config_problems(settings, cca_config_from_args(args))
+        zaya = zaya_settings_from_args(args)
+        if zaya is not None:
+            problems += [f"zaya: {problem}" for problem in zaya_problems(settings, zaya)]
         rules = [
             *_entry_rules(args),
             *_packing_rules(args),
@@ -71,6 +75,11 @@ def _entry_rules(args: Namespace) -> _Rules:
             args.spec is not None,
             f"spec={args.spec}: this entry builds CCA by itself; drop --spec, or pass it to Megatron's "
             "own pretrain_gpt.py",
+        ),
+        (
+            args.zaya and args.hybrid_layer_pattern is not None,
+            f"zaya with hybrid_layer_pattern={args.hybrid_layer_pattern!r}: Megatron's hybrid stack hands no "
+            "router state from layer to layer; num-layers instead of the pattern works",
         ),
         (
             args.fim_data,

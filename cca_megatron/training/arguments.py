@@ -1,4 +1,4 @@
-"""Arguments of our entry: Megatron's own, the CCA settings, and defaults that fit the machine."""
+"""Arguments of our entry: Megatron's own, the CCA and ZAYA settings, and defaults that fit the machine."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -10,8 +10,9 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 from cca_megatron._compat import HAVE_TE
 from cca_megatron.config import CCAConfig
 from cca_megatron.training.device import Device
+from cca_megatron.zaya.settings import ZayaSettings
 
-_PREFIX = "cca_"
+_PREFIX, _ZAYA_PREFIX = "cca_", "zaya_"
 _DERIVED = "packed_zigzag"
 """The one setting that is no argument here: it follows from Megatron's."""
 
@@ -35,13 +36,16 @@ _CPU_DEFAULTS = {
 
 
 def add_arguments(device: Device) -> Callable[[ArgumentParser], ArgumentParser]:
-    """Megatron's ``extra_args_provider``: the CCA settings, and defaults for this device.
+    """Megatron's ``extra_args_provider``: the CCA and ZAYA settings, and defaults for this device.
 
     An argument that is given always wins over a default.
     """
 
     def provider(parser: ArgumentParser) -> ArgumentParser:
-        _CCAArguments(CCAConfig, exclude=[_DERIVED]).build_group(parser, "compressed convolutional attention")
+        group = "compressed convolutional attention"
+        _PrefixedArguments(CCAConfig, _PREFIX, exclude=[_DERIVED]).build_group(parser, group)
+        zaya = _PrefixedArguments(ZayaSettings, _ZAYA_PREFIX).build_group(parser, "ZAYA1's parts")
+        zaya.add_argument("--zaya", action="store_true", help="Build the model with ZAYA1's parts.")
         # CCA is causal: a mask would be built, moved and ignored for every sample.
         parser.set_defaults(create_attention_mask_in_dataloader=False)
         # Megatron 0.19 divides by it and has no default for it any more.
@@ -55,11 +59,15 @@ def add_arguments(device: Device) -> Callable[[ArgumentParser], ArgumentParser]:
     return provider
 
 
-class _CCAArguments(ArgumentGroupFactory):
+class _PrefixedArguments(ArgumentGroupFactory):
     """Megatron's own generator of arguments from a dataclass, with a prefix: ``--cca-temperature``."""
 
+    def __init__(self, settings: type, prefix: str, exclude: list[str] | None = None):
+        super().__init__(settings, exclude)
+        self.prefix = prefix
+
     def _format_arg_name(self, config_attr_name: str, prefix: str | None = None) -> str:
-        return super()._format_arg_name(_PREFIX + config_attr_name, prefix)
+        return super()._format_arg_name(self.prefix + config_attr_name, prefix)
 
     def _extract_type(self, config_type: Any) -> dict[str, Any]:
         if config_type == tuple[int, int]:
@@ -68,7 +76,7 @@ class _CCAArguments(ArgumentGroupFactory):
 
     def _build_argparse_kwargs_from_field(self, attribute: Field[Any]) -> dict[str, Any]:
         kwargs = super()._build_argparse_kwargs_from_field(attribute)
-        kwargs["dest"] = _PREFIX + attribute.name
+        kwargs["dest"] = self.prefix + attribute.name
         return kwargs
 
 
@@ -81,6 +89,13 @@ def cca_config_from_args(args: Namespace) -> CCAConfig:
     given = {f.name: getattr(args, _PREFIX + f.name) for f in fields(CCAConfig) if f.name != _DERIVED}
     crosses_ranks = args.dataloader_inter_document_masking and args.context_parallel_size > 1
     return CCAConfig(**given, packed_zigzag="stream" if crosses_ranks else "document")
+
+
+def zaya_settings_from_args(args: Namespace) -> ZayaSettings | None:
+    """The settings of ZAYA's parts among parsed arguments; None where they are off."""
+    if not args.zaya:
+        return None
+    return ZayaSettings(**{f.name: getattr(args, _ZAYA_PREFIX + f.name) for f in fields(ZayaSettings)})
 
 
 def is_packed(args: Namespace) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cca_megatron.config import CCAConfig
+from cca_megatron.zaya.settings import ZayaSettings
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -19,7 +20,7 @@ _MODEL_SETTINGS = (
     "position_embedding_type", "rotary_percent", "rotary_base", "rotary_interleaved", "no_rope_freq",
     "window_size", "window_attn_skip_freq", "layernorm_zero_centered_gamma", "moe_router_pre_softmax",
     "moe_router_score_function", "moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size",
-    "vocab_size", "tokenizer_type",
+    "vocab_size", "tokenizer_type", "zaya",
 )
 # fmt: on
 # Where nothing is set, these parts are absent; of the others None means that Megatron fills it in later.
@@ -32,8 +33,16 @@ _OPTIONAL_PARTS = {
     "moe_router_topk_scaling_factor",
     "moe_shared_expert_intermediate_size",
 }  # fmt: skip
-_NOT_IN_WEIGHTS = {"temperature_init", "reset_at_document_start", "recompute_mix", "packed_zigzag"}
-_CCA_SETTINGS = [f"cca_{f.name}" for f in fields(CCAConfig) if f.name not in _NOT_IN_WEIGHTS]
+_NOT_IN_WEIGHTS = {
+    "temperature_init", "reset_at_document_start", "recompute_mix", "packed_zigzag",
+    "balancing_rate", "padding_token",
+}  # fmt: skip
+_OWN_SETTINGS = [
+    f"{prefix}_{f.name}"
+    for prefix, settings in (("cca", CCAConfig), ("zaya", ZayaSettings))
+    for f in fields(settings)
+    if f.name not in _NOT_IN_WEIGHTS
+]
 
 
 def latest_iteration(directory: str | Path) -> int | None:
@@ -62,7 +71,7 @@ def checkpoint_problems(args: Namespace) -> list[str]:
     if saved is None:
         return []
     problems = []
-    for name in (*_MODEL_SETTINGS, *_CCA_SETTINGS):
+    for name in (*_MODEL_SETTINGS, *_OWN_SETTINGS):
         ours, theirs = (_as_list(getattr(given, name, None)) for given in (args, saved))
         is_comparable = name in _OPTIONAL_PARTS or None not in (ours, theirs)
         if is_comparable and ours != theirs:
@@ -98,5 +107,5 @@ def count_parameters(directory: str | Path, iteration: int) -> int:
     return sum(
         entry.size.numel()
         for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata) and "optimizer." not in name
+        if isinstance(entry, TensorStorageMetadata) and "optimizer." not in name and ".balancing_" not in name
     )

@@ -19,6 +19,7 @@ from cca_megatron.config import CCAConfig, own_problems, unknown_name
 from cca_megatron.data.prepare import dataset_files
 from cca_megatron.training.device import Device, choose_connections
 from cca_megatron.training.recipe import Recipe, RecipeError
+from cca_megatron.zaya.settings import ZayaSettings
 
 MODULE = "cca_megatron.training.pretrain"
 
@@ -174,7 +175,8 @@ def _argv(recipe: Recipe, parser: ArgumentParser, device: Device) -> list[str]:
             raise RecipeError(f"{recipe.path}: {unknown_name('Megatron argument', name, known)}")
         else:
             argv += _tokens(recipe, option, options[option], value, device)
-    return argv + _cca_argv(recipe.cca)
+    argv += _own_argv("cca", recipe.cca)
+    return argv if recipe.zaya is None else [*argv, "--zaya", *_own_argv("zaya", recipe.zaya)]
 
 
 def _tokens(recipe: Recipe, option: str, action: argparse.Action, value: Any, device: Device) -> list[str]:
@@ -217,18 +219,18 @@ def _by_destination(recipe: Recipe, name: str, action: argparse.Action, value: A
     return [action.option_strings[0]] if value == action.const else []
 
 
-def _cca_argv(cca: CCAConfig) -> list[str]:
-    """The CCA settings that are not the default, as ``--cca-*`` options."""
+def _own_argv(prefix: str, settings: CCAConfig | ZayaSettings) -> list[str]:
+    """The CCA or ZAYA settings that are not the default, as ``--cca-*`` or ``--zaya-*`` options."""
     argv = []
-    for setting in fields(CCAConfig):
-        value, option = getattr(cca, setting.name), setting.name.replace("_", "-")
+    for setting in fields(settings):
+        value, option = getattr(settings, setting.name), setting.name.replace("_", "-")
         if value == setting.default:
             continue
         if isinstance(value, bool):
-            argv.append(f"--cca-{option}" if value else f"--no-cca-{option}")
+            argv.append(f"--{prefix}-{option}" if value else f"--no-{prefix}-{option}")
         else:
             values = value if isinstance(value, tuple) else (value,)
-            argv += _option(f"--cca-{option}", values)
+            argv += _option(f"--{prefix}-{option}", values)
     return argv
 
 

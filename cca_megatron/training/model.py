@@ -20,7 +20,11 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from cca_megatron._compat import ProcessGroupCollection
 from cca_megatron.config import CCAConfig
 from cca_megatron.specs import cca_decoder_block_spec, cca_hybrid_stack_spec, cca_mtp_block_spec
-from cca_megatron.training.arguments import cca_config_from_args
+from cca_megatron.training.arguments import cca_config_from_args, zaya_settings_from_args
+from cca_megatron.training.expert_load import finalize_and_log
+from cca_megatron.zaya.embedding import hold_padding_embedding
+from cca_megatron.zaya.settings import ZayaSettings
+from cca_megatron.zaya.specs import zaya_decoder_block_spec
 
 
 def model_config_from_args(args: Namespace) -> ModelConfig:
@@ -32,23 +36,29 @@ def model_config_from_args(args: Namespace) -> ModelConfig:
         config.hybrid_stack_spec = cca_hybrid_stack_spec(use_te, cca)
         return config
     config = gpt_config_from_args(args, model_config_cls=CCAModelConfig)
-    config.cca = cca
-    config.transformer_layer_spec = functools.partial(cca_decoder_block_spec, cca=cca, keeps_mtp=True)
+    config.cca, config.zaya = cca, zaya_settings_from_args(args)
+    if config.zaya is None:
+        config.transformer_layer_spec = functools.partial(cca_decoder_block_spec, cca=cca, keeps_mtp=True)
+    else:
+        config.transformer_layer_spec = functools.partial(zaya_decoder_block_spec, cca=cca, zaya=config.zaya)
+        if config.zaya.has_mlp_router:
+            config.transformer.finalize_model_grads_func = finalize_and_log
     return config
 
 
 @dataclass(kw_only=True)
 class CCAModelConfig(GPTModelConfig):
-    """Megatron's GPT model configuration with the CCA settings beside it."""
+    """Megatron's GPT model configuration with the CCA settings, and those of ZAYA's parts, beside it."""
 
     builder: ClassVar[str] = "cca_megatron.training.model.CCAModelBuilder"
     cca: CCAConfig = field(default_factory=CCAConfig)
+    zaya: ZayaSettings | None = None
 
 
 class CCAModelBuilder(GPTModelBuilder):
-    """Megatron's GPT builder, except that multi-token prediction keeps CCA.
+    """Megatron's GPT builder, except that multi-token prediction keeps CCA, and for ZAYA's padding token.
 
-    Megatron's own ``build_model`` gives those layers ordinary attention and takes no spec for them.
+    Megatron's own ``build_model`` gives the former ordinary attention and takes no spec for them.
     """
 
     @override
@@ -62,7 +72,10 @@ class CCAModelBuilder(GPTModelBuilder):
         """One pipeline stage of the model."""
         config = self._model_config
         if config.mtp_num_layers is None:
-            return super().build_model(pg_collection, pre_process, post_process, vp_stage)
+            model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
+            if config.zaya is not None:
+                hold_padding_embedding(model, config.zaya.padding_token)
+            return model
         vp_size = config.virtual_pipeline_model_parallel_size
         if pre_process is None:
             pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(pg_collection.pp)

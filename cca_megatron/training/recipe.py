@@ -16,8 +16,9 @@ from cca_megatron.config import (
     unknown_name,
 )
 from cca_megatron.data.tokenizer import megatron_arguments
+from cca_megatron.zaya.settings import ZayaSettings
 
-SECTIONS = ("model", "cca", "megatron", "data", "output", "launch")
+SECTIONS = ("extends", "model", "cca", "zaya", "megatron", "data", "output", "launch")
 _DEFAULT_SAVE_INTERVAL = 1000
 
 
@@ -72,6 +73,8 @@ class Recipe:
     data: DataSection
     launch: LaunchSection
     output: Path | None
+    zaya: ZayaSettings | None = None
+    """ZAYA1's parts; None where the recipe has no such section."""
     overrides: tuple[str, ...] = ()
     """What the user set on the command line."""
 
@@ -120,6 +123,14 @@ def load_recipe(path: str | Path, overrides: list[str]) -> Recipe:
         RecipeError: the file is missing or malformed, or a name in it is unknown.
     """
     path = Path(path)
+    content = _read(path)
+    for override in overrides:
+        _apply(content, override)
+    return dataclasses.replace(_parse(path, content), overrides=tuple(overrides))
+
+
+def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The sections of a recipe, on top of those of the recipe that it extends."""
     try:
         content = yaml.load(path.read_text(), _Loader)
     except OSError as error:
@@ -128,9 +139,20 @@ def load_recipe(path: str | Path, overrides: list[str]) -> Recipe:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must be a mapping with the sections {', '.join(SECTIONS)}")
-    for override in overrides:
-        _apply(content, override)
-    return dataclasses.replace(_parse(path, content), overrides=tuple(overrides))
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    chain = (*extended_by, path.resolve())
+    if not isinstance(base, str) or (path.parent / base).resolve() in chain:
+        raise RecipeError(f"{path}: extends={base!r}: must be another recipe's path, relative to this one")
+    extended = _read(path.parent / base, chain)
+    for section, settings in content.items():
+        if isinstance(settings, dict) and isinstance(extended.get(section), dict):
+            for key, value in settings.items():
+                _set(extended[section], key, value)
+        else:
+            extended[section] = settings
+    return extended
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -155,13 +177,14 @@ def _apply(content: dict[str, Any], override: str) -> None:
         target = content[section] = {}
     if not isinstance(target, dict):
         raise RecipeError(f"override {override!r}: {section} is not a section")
-    for spelling in _spellings(key):
-        target.pop(spelling, None)
-    target[key] = value
+    _set(target, key, value)
 
 
-def _spellings(key: str) -> tuple[str, str]:
-    return key.replace("_", "-"), key.replace("-", "_")
+def _set(section: dict[Any, Any], key: Any, value: Any) -> None:
+    """Set a value, whichever way the key was spelled before."""
+    for spelling in (str(key).replace("_", "-"), str(key).replace("-", "_")):
+        section.pop(spelling, None)
+    section[key] = value
 
 
 def _parse(path: Path, content: dict[str, Any]) -> Recipe:
@@ -175,6 +198,7 @@ def _parse(path: Path, content: dict[str, Any]) -> Recipe:
         raise RecipeError("cca.packed_zigzag: follows from how the data is packed here; leave it out")
     try:
         cca = CCAConfig.from_mapping(cca_settings)
+        zaya = _zaya_settings(content)
         heads = _preset_heads(model, arguments)
     except ValueError as error:
         raise RecipeError(str(error)) from error
@@ -188,7 +212,17 @@ def _parse(path: Path, content: dict[str, Any]) -> Recipe:
         data=_dataclass_section(DataSection, "data", content),
         launch=_dataclass_section(LaunchSection, "launch", content),
         output=None if output is None else Path(output),
+        zaya=zaya,
     )
+
+
+def _zaya_settings(content: dict[str, Any]) -> ZayaSettings | None:
+    """Of the section ``zaya``, which may be empty, or ``true``; None where there is none, or ``false``."""
+    section = content.get("zaya")
+    if section is None or section is False:
+        return None
+    content = {"zaya": {} if section is True else section}
+    return ZayaSettings.from_mapping({k.replace("-", "_"): v for k, v in _section(content, "zaya").items()})
 
 
 def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -209,6 +243,8 @@ def _megatron_settings(model: dict[str, Any], megatron: dict[str, Any]) -> dict[
             if option.startswith("cca-"):
                 setting = option.removeprefix("cca-").replace("-", "_")
                 raise RecipeError(f"{option}: is a CCA setting; set cca.{setting}")
+            if option == "zaya" or option.startswith("zaya-"):
+                raise RecipeError(f"{option}: is a setting of the section zaya")
             if option in arguments:
                 raise RecipeError(f"{option} is set twice; keep it in one of model and megatron")
             arguments[option] = value

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from cca_megatron.data.prepare import Manifest, dataset_files, prepare, read_manifest
 from cca_megatron.doctor import missing_build_tools
-from cca_megatron.training import launch, report
+from cca_megatron.training import expert_load, launch, report
 from cca_megatron.training.checkpoint import latest_iteration
 from cca_megatron.training.command import Command, build_command, check_data, program
 from cca_megatron.training.device import Device, describe, select_device
@@ -205,6 +205,12 @@ def _report(command: Command, console: Console) -> None:
         report.plot_losses(curves, bigram, picture)
         lines.append(("loss curve", str(picture.resolve())))
         lines.append(("TensorBoard", f"{program('tensorboard')} --logdir {recipe.tensorboard}"))
+    shares = expert_load.read_shares(recipe.tensorboard)
+    if shares:
+        picture = recipe.output / "experts.png"
+        expert_load.plot_shares(shares, command.args.num_experts, picture)
+        lines.append(("experts", expert_load.describe_shares(shares, command.args.num_experts)))
+        lines.append(("", str(picture.resolve())))
     lines += [
         ("next", f"train longer: {_again(recipe, 'megatron.train-iters=N')}"),
         ("", f"try a variant: {_again(recipe, 'cca.temperature=exp', 'output=runs/exp')}"),

@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 from cca_megatron._compat import TransformerConfig, finalize_model_grads
 from cca_megatron.zaya.router import ZayaRouter
 
-_BETAS, _EPSILON = (0.9, 0.95), 1e-8
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
 def balance_at_every_step(config: TransformerConfig) -> None:
@@ -54,7 +54,7 @@ def update_biases(routers: list[ZayaRouter]) -> None:
     gradients = (shares[:, :experts] - shares[:, :experts].mean(-1, keepdim=True)).float()
     for router, share in zip(routers, shares, strict=True):
         router.class_counts.zero_()
-        router.class_share = share
+        router.class_share = share.float()
     rate = routers[0].zaya.balancing_rate
     if rate == 0:
         return

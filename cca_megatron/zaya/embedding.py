@@ -9,7 +9,7 @@ from cca_megatron._compat import GPTModel, get_pg_rank, get_pg_size
 
 
 def hold_padding_embedding(model: GPTModel, token: int | None) -> None:
-    """Give the embedding of this token no gradient from where it stands in the input, as ``transformers`` does.
+    """Give the embedding of this token no gradient from the input, as ``transformers`` does.
 
     As an output, where embeddings are tied, it is trained like any other.
 

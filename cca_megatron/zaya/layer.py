@@ -1,7 +1,7 @@
 """A transformer layer that scales its residuals and hands a router state to the next one.
 
-Inside a pipeline stage the state is what Megatron's ``TransformerBlock`` calls ``context``: it goes from layer
-to layer, through full recomputation too. Between stages it travels at the end of the hidden states.
+Inside a pipeline stage the state is what Megatron's ``TransformerBlock`` calls ``context``: it goes from
+layer to layer, through full recomputation too. Between stages it travels at the end of the hidden states.
 """
 
 from typing import Any
@@ -46,13 +46,14 @@ class ZayaLayer(TransformerLayer):
         self.starts_stage = carries and layer_number == 1 and self.layer_number > 1
         self.ends_stage = carries and layer_number == stage_layers and self.layer_number < config.num_layers
         scales_input = zaya.residual_scaling and self.layer_number == 1
-        self.input_scale = channel_parameter(config, config.hidden_size, 1.0) if scales_input else None
-        self.input_bias = channel_parameter(config, config.hidden_size, 0.0) if scales_input else None
+        for name, value in (("input_scale", 1.0), ("input_bias", 0.0)):
+            parameter = channel_parameter(config, config.hidden_size, value) if scales_input else None
+            self.register_parameter(name, parameter)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor, context: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's layer: the hidden states [s, b, hidden] and the router state [s, b, r], if there is one.
+        """As Megatron's layer: hidden states [s, b, hidden] and router state [s, b, r], if there is one.
 
         The first layer of a stage takes, and the last one gives, both side by side: [s, b, hidden + r].
         """

@@ -1,7 +1,7 @@
 """What pipeline stages send each other: the hidden states, and the router state beside them.
 
-Megatron's schedules take the width of what is sent from ``hidden_size``. Its ``variable_seq_lengths`` would tell
-the shape in a message before each tensor, with a wait for the device, and deadlocks in the interleaved
+Megatron's schedules take the width of what is sent from ``hidden_size``. Its ``variable_seq_lengths`` would
+tell the shape in a message before each tensor, with a wait for the device, and deadlocks in the interleaved
 schedule, where stages send and receive in different orders.
 """
 

@@ -71,6 +71,8 @@ class ZayaRouter(TopKRouter):
         self.register_buffer("balancing_step", torch.zeros((), dtype=torch.float32))
         self.register_buffer("class_counts", torch.zeros(classes, dtype=torch.int64), persistent=False)
 
+        self.class_share: Tensor | None = None
+        """[classes], the share of the tokens of the last step that each class got."""
         self.state: Tensor | None = None
         """[s, b, r], set to the previous layer's before a forward pass; afterwards this layer's own."""
         self.skip_weight: Tensor | None = None

@@ -30,8 +30,8 @@ class ZayaSettings:
     skip_class: bool = True
     """Give the router one more class, whose tokens visit no expert."""
     skip_output: SkipOutput = "zero"
-    """What the experts add for a token that skips: nothing (``transformers``), or the layer's normalised input
-    times the probability (the first release)."""
+    """What a token that skips the experts gets instead: nothing (``transformers``), or the layer's normalised
+    input times the probability (the first release)."""
     padding_token: int | None = None
     """Token whose embedding gets no gradient from the input, as ``padding_idx`` of ``torch.nn.Embedding``."""
     balancing_rate: float = 1e-3

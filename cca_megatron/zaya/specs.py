@@ -107,7 +107,7 @@ def _with_zaya(
 
 
 def _in_params_dtype(builder: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
-    """The same norm, or identity before a linear with a norm in it, on hidden states cast to the weights' dtype.
+    """The same norm, or identity before a linear with a norm in it, on inputs cast to the weights' dtype.
 
     The residual stream may be wider than the layers, and Transformer Engine asks for one dtype.
     """

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from support.comparison import compare
 from support.megatron import Layout
 
 zaya = pytest.importorskip("support.zaya_model", reason="transformers >= 5.23 is not installed")
@@ -12,6 +11,7 @@ from cca_megatron.zaya.layer import ZayaLayer  # noqa: E402
 from cca_megatron.zaya.router import ZayaRouter  # noqa: E402
 
 BOUND = 1e-10
+TENSOR = [Layout(tp=2, sp=True), Layout(tp=2, sp=True, ep=2)]
 TWO = [
     Layout(tp=2, sp=True),
     Layout(ep=2),
@@ -43,9 +43,7 @@ def test_equals_transformers(layout):
     zaya.ZayaPair().compare(layout, torch.float64, BOUND)
 
 
-@pytest.mark.parametrize(
-    "layout", [Layout(cp=2), Layout(tp=2, sp=True), Layout(pp=2), Layout(ep=2)], ids=str
-)
+@pytest.mark.parametrize("layout", [Layout(cp=2), Layout(tp=2, sp=True), Layout(pp=2), Layout(ep=2)], ids=str)
 def test_equals_transformers_with_packed_documents(layout):
     zaya.ZayaPair(documents=(8, 12, 4)).compare(layout, torch.float64, BOUND)
 
@@ -71,7 +69,7 @@ def test_tokens_skip_with_every_dispatcher(dispatcher):
     pair.compare(Layout(tp=2, sp=True, ep=2), torch.float64, BOUND)
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2, sp=True), Layout(tp=2, sp=True, ep=2), Layout(ep=2)], ids=str)
+@pytest.mark.parametrize("layout", [*TENSOR, Layout(ep=2)], ids=str)
 def test_the_first_releases_skip_is_counted_once(layout):
     """A skipped token adds its own normalised input, which every tensor-parallel rank has in full."""
     with zaya.skipped_tokens_add_their_input():

@@ -2,12 +2,9 @@
 
 import pytest
 import torch
-from support.closeness import assert_close
 from support.megatron import Layout, microbatches, start_distributed
 
 zaya = pytest.importorskip("support.zaya_model", reason="transformers >= 5.23 is not installed")
-
-from cca_megatron.hf import export_hf_state_dict, load_hf_state_dict  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
