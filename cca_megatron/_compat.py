@@ -18,8 +18,9 @@ if _version < _SUPPORTED:
 # ruff: noqa: E402  the version comes first, so that an old Megatron gets a message and no traceback
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.inference.contexts import BaseInferenceContext
@@ -99,6 +100,7 @@ __all__ = [
     "HAVE_TE",
     "AttnMaskType",
     "BaseInferenceContext",
+    "CheckpointingConfig",
     "GPTModel",
     "HybridStack",
     "HybridStackSubmodules",
@@ -119,6 +121,7 @@ __all__ = [
     "ProcessGroupCollection",
     "SelfAttention",
     "SelfAttentionSubmodules",
+    "ShardedObject",
     "ShardedTensor",
     "TESpecProvider",
     "TopKRouter",
@@ -150,6 +153,7 @@ __all__ = [
     "nvtx_range_push",
     "off_interface",
     "parallel_state",
+    "save_config",
     "schedules",
     "set_tensor_model_parallel_attributes",
     "tensor_parallel",

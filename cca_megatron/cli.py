@@ -1,4 +1,4 @@
-"""The command line: ``cca-megatron train | data | doctor | bench``.
+"""The command line: ``cca-megatron train | data | convert | doctor | bench``.
 
 Imports are inside the commands, so that ``--help`` answers at once.
 """
@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cca_megatron.bench.command import app as bench_app
+from cca_megatron.convert import app as convert_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +29,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Make datasets for Megatron.")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.add_typer(convert_app, name="convert")
 console = Console(highlight=False)
 
 

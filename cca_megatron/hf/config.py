@@ -56,15 +56,15 @@ def config_from_hf(hf_config: Any) -> tuple[dict[str, Any], CCAConfig]:
         "moe_aux_loss_coeff": 0.0,
         "swiglu": True,
         "normalization": "RMSNorm",
-        "norm_epsilon": config["rms_norm_eps"],
+        "layernorm_epsilon": config["rms_norm_eps"],
         "add_bias_linear": False,
         "fp32_residual_connection": True,
         "position_embedding_type": "rope",
         "rotary_percent": main.get("partial_rotary_factor", 1.0),
-        "rotary_base": main["rope_theta"],
+        "rotary_base": int(main["rope_theta"]),
         "max_position_embeddings": config["max_position_embeddings"],
         "vocab_size": config["vocab_size"],
-        "make_vocab_size_divisible_by": 1,
+        "padded_vocab_size": config["vocab_size"],
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", True),
         "attention_dropout": float(config.get("attention_dropout", 0.0)),
         "hidden_dropout": 0.0,
@@ -124,7 +124,7 @@ def config_to_hf(settings: Mapping[str, Any], cca: CCAConfig) -> dict[str, Any]:
     return {
         "architectures": [_ARCHITECTURE],
         "model_type": "zaya",
-        "vocab_size": settings["vocab_size"],
+        "vocab_size": settings.get("vocab_size") or settings["padded_vocab_size"],
         "hidden_size": settings["hidden_size"],
         "num_hidden_layers": layers,
         "num_attention_heads": settings["num_attention_heads"],
@@ -133,7 +133,7 @@ def config_to_hf(settings: Mapping[str, Any], cca: CCAConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": settings["max_position_embeddings"],
         "initializer_range": settings.get("init_method_std", 0.02),
-        "rms_norm_eps": settings["norm_epsilon"],
+        "rms_norm_eps": settings["layernorm_epsilon"],
         "tie_word_embeddings": not settings.get("untie_embeddings_and_output_weights", False),
         "rope_parameters": ropes,
         "sliding_window": window[0] + 1 if window else None,
@@ -212,6 +212,11 @@ def _rope_parameters(config: Mapping[str, Any], kinds: list[str]) -> dict[str, d
         for kind in set(kinds)
     }
     for kind, rope in ropes.items():
+        if float(rope["rope_theta"]) != int(rope["rope_theta"]):
+            raise ConversionError(
+                f"rope_parameters[{kind!r}]={rope}: Megatron's RoPE base is a whole number; "
+                f"rope_theta={round(rope['rope_theta'])} works"
+            )
         if rope.get("rope_type", "default") != "default":
             raise ConversionError(
                 f"rope_parameters[{kind!r}]={rope}: the model has plain RoPE; rope_type='default' works"

@@ -11,7 +11,7 @@ from cca_megatron.hf.config import zaya_settings
 from cca_megatron.zaya.embedding import hold_padding_embedding
 from cca_megatron.zaya.specs import zaya_decoder_block_spec
 
-_RENAMED = {"num_experts": "num_moe_experts", "norm_epsilon": "layernorm_epsilon"}
+_RENAMED = {"num_experts": "num_moe_experts"}
 _OF_THE_MODEL = {
     "group_query_attention",
     "swiglu",
@@ -20,7 +20,7 @@ _OF_THE_MODEL = {
     "rotary_base",
     "max_position_embeddings",
     "vocab_size",
-    "make_vocab_size_divisible_by",
+    "padded_vocab_size",
     "untie_embeddings_and_output_weights",
 }
 """Settings that are no fields of a TransformerConfig."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cca_megatron._compat import ShardedTensor, apply_factories, nested_values, unwrap_model
 from cca_megatron.hf.config import ConversionError
-from cca_megatron.hf.tensors import Sizes, TensorMap, tensor_maps
+from cca_megatron.hf.tensors import Shape, Sizes, TensorMap, tensor_maps
 from cca_megatron.zaya.layer import ZayaLayer
 
 Model = torch.nn.Module | Sequence[torch.nn.Module]
@@ -107,7 +107,7 @@ def sizes_of(model: Model) -> Sizes:
     )
 
 
-def check_names(found: Mapping[str, tuple[int, ...]], maps: list[TensorMap]) -> None:
+def check_names(found: Mapping[str, Shape], maps: list[TensorMap]) -> None:
     """Raise ConversionError unless the names and shapes are those of the model.
 
     Args:
@@ -115,7 +115,11 @@ def check_names(found: Mapping[str, tuple[int, ...]], maps: list[TensorMap]) -> 
         maps: every tensor of the model.
     """
     wanted = {name: shape for m in maps for name, shape in m.hf.items()}
-    tied = "lm_head.weight" not in wanted
+    check_shapes(found, wanted, tied="lm_head.weight" not in wanted)
+
+
+def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], tied: bool) -> None:
+    """Raise ConversionError unless names and shapes agree; a tied ``lm_head.weight`` may be there or not."""
     unknown = [n for n in found if n not in wanted and not (tied and n == "lm_head.weight")]
     problems = [f"{name}: is missing" for name in wanted if name not in found]
     problems += [f"{name}: is not known" for name in unknown]

@@ -188,3 +188,32 @@ def _moe(sizes: Sizes, ours: str, theirs: str, averages: bool) -> list[TensorMap
             ours + "experts.experts.linear_fc2.weight", theirs + "experts.down_proj", (experts, hidden, inner)
         ),
     ]
+
+
+def extra_states(sizes: Sizes) -> list[tuple[str, int, int]]:
+    """Keys of modules that Transformer Engine may quantise, whose (empty) state a model loads.
+
+    Returns:
+        (key, index of the part, number of parts), the experts' being one for each.
+    """
+    whole, experts, count = ["decoder.final_layernorm"], [], sizes.experts
+    for layer in range(sizes.layers):
+        prefix = f"decoder.layers.{layer}."
+        whole += [
+            f"{prefix}self_attention.{name}" for name in ("linear_qkv", "core_attention", "linear_proj")
+        ]
+        whole.append(prefix + "pre_mlp_layernorm")
+        experts += [f"{prefix}mlp.experts.experts.{name}" for name in ("linear_fc1", "linear_fc2")]
+    return [
+        *((f"{name}._extra_state", 0, 1) for name in whole),
+        *((f"{name}._extra_state", expert, count) for name in experts for expert in range(count)),
+    ]
+
+
+def balancing_states(sizes: Sizes) -> dict[str, Shape]:
+    """Keys and shapes of the optimizer state of the balancing biases, which ``transformers`` lacks; fp32."""
+    return {
+        f"decoder.layers.{layer}.mlp.router.balancing_{name}": shape
+        for layer in range(sizes.layers)
+        for name, shape in (("exp_avg", (sizes.experts,)), ("exp_avg_sq", (sizes.experts,)), ("step", ()))
+    }

@@ -9,6 +9,7 @@ from cca_megatron.config import CCAConfig
 from cca_megatron.zaya.settings import ZayaSettings
 
 _TRACKER = "latest_checkpointed_iteration.txt"
+_INDEX, _RELEASE = ".metadata", "release"
 
 # Settings that give the weights their shapes or their meaning.
 # fmt: off
@@ -52,6 +53,39 @@ def latest_iteration(directory: str | Path) -> int | None:
         return None
     text = tracker.read_text().strip()
     return int(text) if text.isdigit() else None
+
+
+def open_checkpoint(directory: str | Path, step: int | None = None) -> tuple[Path, Namespace]:
+    """The folder of the latest checkpoint, or of one iteration, and the arguments of the run that saved it.
+
+    Args:
+        directory: where Megatron saves checkpoints, or the folder of one iteration.
+        step: the iteration; None takes the latest, or a converted model's release.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no distributed checkpoint, or was saved without arguments.
+    """
+    from megatron.core import dist_checkpointing
+
+    root = Path(directory)
+    path = root
+    if not (root / _INDEX).is_file():
+        path = iteration_directory(root, step) if step is not None else _latest(root)
+    if not (path / _INDEX).is_file():
+        at = "" if step is None else f" of iteration {step}"
+        raise FileNotFoundError(f"no checkpoint{at} in {root.resolve()}")
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+        raise ValueError(f"{path.resolve()}: is no distributed checkpoint of Megatron (torch_dist)")
+    args = dist_checkpointing.load_common_state_dict(str(path)).get("args")
+    if args is None:
+        raise ValueError(f"{path.resolve()}: was saved without the arguments of its run")
+    return path, args
+
+
+def _latest(root: Path) -> Path:
+    iteration = latest_iteration(root)
+    return root / _RELEASE if iteration is None else iteration_directory(root, iteration)
 
 
 def iteration_directory(directory: str | Path, iteration: int) -> Path:

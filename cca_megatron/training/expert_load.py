@@ -30,6 +30,7 @@ def finalize_and_log(model: list[torch.nn.Module], *args: Any, **kwargs: Any) ->
     classes = settings.num_experts + settings.zaya_skip_class
     shares = torch.zeros(settings.num_layers, classes, device=torch.cuda.current_device())
     for router in routers_of(model):
+        assert router.class_share is not None
         shares[router.layer_number - 1] = router.class_share
     dist.all_reduce(shares, group=parallel_state.get_pipeline_model_parallel_group())
     writer = get_tensorboard_writer()
@@ -61,8 +62,8 @@ def describe_shares(shares: dict[int, np.ndarray], num_experts: int) -> str:
     late = np.mean(list(shares.values())[-max(1, len(shares) // 4) :], axis=0)
     experts = late[late.sum(-1) > 0][:, :num_experts]
     return (
-        f"shares of the tokens from {experts.min():.1%} to {experts.max():.1%} (even: {1 / num_experts:.1%}), "
-        f"skipped {1 - experts.sum(-1).mean():.1%}, mean of the last quarter"
+        f"shares of tokens from {experts.min():.1%} to {experts.max():.1%} (even: {1 / num_experts:.1%}), "
+        f"skipped {1 - experts.sum(-1).mean():.1%}; means of the last quarter"
     )
 
 

@@ -38,7 +38,8 @@ class ZayaMoELayer(MoELayer):
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.zaya = zaya
         # Here recomputation must include the router state.
-        self.recomputes, self.moe_layer_recompute = bool(self.moe_layer_recompute), False
+        self.recomputes = config.recompute_granularity == "selective" and "moe" in config.recompute_modules
+        self.moe_layer_recompute = False
         self.router_state: Tensor | None = None
 
     def forward(
