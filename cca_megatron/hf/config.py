@@ -146,6 +146,9 @@ def config_to_hf(settings: Mapping[str, Any], cca: CCAConfig) -> dict[str, Any]:
         "lm_head_bias": False,
         "router_hidden_size": zaya.router_hidden_size,
         "pad_token_id": zaya.padding_token,
+        # The tokenizer's; transformers' defaults are those of ZAYA1-8B.
+        "bos_token_id": None,
+        "eos_token_id": None,
         "cca_time0": cca.conv_kernel_sizes[0],
         "cca_time1": cca.conv_kernel_sizes[1],
     }

@@ -190,11 +190,11 @@ def megatron_to_hf(
     config |= {"dtype": str(dtype).removeprefix("torch.")}
     with _new_folder(target) as folder:
         write_shards(folder, (part for m in maps for part in parts(m)), _SHARD_BYTES)
+        tokenizer = _tokenizer_of(source, settings)
+        if tokenizer is not None:
+            _copy_files(tokenizer, folder)
+            config = _special_tokens(tokenizer) | {k: v for k, v in config.items() if v is not None}
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        for place in (source.parent / TOKENIZER, Path(str(settings.get("tokenizer_model") or ""))):
-            if place.is_dir() and place != Path():
-                _copy_files(place, folder)
-                break
         if verify:
             written = SafetensorsFolder(folder)
             _compare((name, part, written[name]) for m in maps for name, part in parts(m))
@@ -273,7 +273,22 @@ def _copy_tokenizer(source: Path, folder: Path) -> Path | None:
     tokenizer = folder / TOKENIZER
     tokenizer.mkdir()
     _copy_files(source, tokenizer)
+    shutil.copy2(source / CONFIG, tokenizer)  # which tokens are special, for the way back
     return tokenizer
+
+
+def _tokenizer_of(source: Path, settings: Mapping[str, Any]) -> Path | None:
+    """The folder of a tokenizer: beside a converted checkpoint, or the one that the run was trained with."""
+    named = settings.get("tokenizer_model")
+    places = [source.parent / TOKENIZER, *([Path(named)] if named else [])]
+    return next((place for place in places if place.is_dir()), None)
+
+
+def _special_tokens(tokenizer: Path) -> dict[str, Any]:
+    file = tokenizer / CONFIG
+    if not file.is_file():
+        return {}
+    return {k: v for k, v in read_config(tokenizer).items() if k.endswith("_token_id")}
 
 
 def _copy_files(source: Path, folder: Path) -> None:
