@@ -23,7 +23,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.inference.contexts import BaseInferenceContext, StaticInferenceContext
+from megatron.core.inference.utils import InferenceMode
 from megatron.core.jit import jit_fuser
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
@@ -106,6 +107,7 @@ __all__ = [
     "HybridStackSubmodules",
     "IdentityFuncOp",
     "IdentityOp",
+    "InferenceMode",
     "LocalSpecProvider",
     "MLPLayer",
     "MegatronModule",
@@ -123,6 +125,7 @@ __all__ = [
     "SelfAttentionSubmodules",
     "ShardedObject",
     "ShardedTensor",
+    "StaticInferenceContext",
     "TESpecProvider",
     "TopKRouter",
     "TransformerBlockSubmodules",

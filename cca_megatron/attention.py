@@ -30,6 +30,7 @@ from cca_megatron._compat import (
     tensor_parallel,
 )
 from cca_megatron.config import CCAConfig, check_config
+from cca_megatron.inference.attention import cached_attention, check_context
 from cca_megatron.mix_parameters import GroupShare, gradients_summed, new_parameter, sharded_parameters
 from cca_megatron.parallel.context import ContextShard
 from cca_megatron.parallel.core_attention import LocalCoreAttention
@@ -89,7 +90,10 @@ class CCASelfAttention(SelfAttention):
         has_window = is_layer_window_attention(
             self.config.window_size, self.config.window_attn_skip_freq, self.layer_number
         )
-        self.rotary_base = self.cca.window_rotary_base if has_window else None
+        self.window: int | None = None
+        self.rotary_base: float | None = None
+        if has_window and self.config.window_size and self.config.window_size[0] >= 0:
+            self.window, self.rotary_base = self.config.window_size[0], self.cca.window_rotary_base
         channels = groups * (self.query_heads_per_group + 1) * dim
         k0, k1 = self.cca.conv_kernel_sizes
         initial = self.cca.initial_temperature
@@ -141,18 +145,18 @@ class CCASelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, hidden] -> ([s, b, hidden], bias or None); s is this rank's share under SP.
 
+        With an inference context the tokens continue those of the calls before.
         Arguments are those of Megatron's ``Attention.forward``. With ``packed_seq_params`` in ``thd``
         format b is 1, and convs, value shift, RoPE positions and attention respect the documents.
 
         Raises:
-            NotImplementedError: an inference context is given, or packed documents with mrope.
+            NotImplementedError: an inference context with dynamic batching or a split sequence, or packed
+                documents with mrope.
             ValueError: packed documents with a batch, or longer than the table of RoPE angles.
         """
-        if deprecate_inference_params(inference_context, inference_params) is not None:
-            raise NotImplementedError(
-                "CCASelfAttention has no inference context: cached generation needs the conv and "
-                "value-shift state beside the K/V cache. Evaluate with full sequences instead."
-            )
+        context = deprecate_inference_params(inference_context, inference_params)
+        if context is not None:
+            check_context(self, context, packed_seq_params)
         if self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]:
             rotary_pos_emb = None
         # Self-attention has one table for queries and keys; Megatron may pass it twice.
@@ -166,6 +170,8 @@ class CCASelfAttention(SelfAttention):
             mixed = self._project(hidden_states)
         mixed = qkv_manager.group_offload(mixed, forced_released_tensors=[])
         nvtx_range_pop(suffix="qkv")
+        if context is not None:
+            return self.linear_proj(cached_attention(self, mixed, context, angles))
 
         nvtx_range_push(suffix="cca_mix")
         mix = self._mix_function(angles, packed_seq_params, tokens=mixed.shape[0])

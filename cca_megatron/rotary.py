@@ -1,21 +1,20 @@
 """cos and sin of RoPE at each token, made once for all layers of a micro-batch.
 
 A layer keeps them for its backward pass, 512 bytes per token at a head dim of 128. All layers get the same
-angles and the same packed documents, so the tables are kept there, as an attribute.
+angles and the same positions, so the tables are kept there, as an attribute.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from cca_megatron._compat import PackedSeqParams
 
 
 def rotary_tables(
     angles: Tensor,
     scale: float,
-    packed_seq_params: PackedSeqParams | None = None,
+    owner: Any = None,
     positions: Callable[[], Tensor] | None = None,
     base: float | None = None,
     interleaved: bool = False,
@@ -26,12 +25,13 @@ def rotary_tables(
         angles: Megatron's table, [positions, 1 or B, 1, width]; row by row that of the tokens unless
             ``positions`` says otherwise.
         scale: factor of both (the concentration of YaRN).
-        packed_seq_params: packed documents of the micro-batch.
+        owner: what the positions follow from, packed documents or a step of generation; it keeps the tables.
         positions: makes the position of each token in its document, [S] or [S, B].
         base: RoPE base to use instead of the table's.
         interleaved: pairs are neighbouring channels.
     """
-    owner = angles if packed_seq_params is None else packed_seq_params
+    positions_follow = owner is not None
+    owner = owner if positions_follow else angles
     # Tables made in inference mode cannot be kept for a backward pass.
     key = (id(angles), scale, base, torch.is_inference_mode_enabled())
     kept = owner.__dict__.setdefault("cca_rotary_tables", {})
@@ -46,8 +46,8 @@ def rotary_tables(
         at_tokens = _with_base(at_tokens, base, interleaved)
     tables = at_tokens.cos() * scale, at_tokens.sin() * scale
     if not captures:
-        # Packed documents outlive these angles, whose id would then be another's.
-        kept[key] = (tables, None if packed_seq_params is None else angles)
+        # The owner may outlive these angles, whose id would then be another's.
+        kept[key] = (tables, angles if positions_follow else None)
     return tables
 
 
