@@ -1,4 +1,4 @@
-"""The command line: ``cca-megatron train | data | convert | doctor | bench``.
+"""The command line: ``cca-megatron train | data | convert | generate | doctor | bench``.
 
 Imports are inside the commands, so that ``--help`` answers at once.
 """
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from cca_megatron.bench.command import app as bench_app
 from cca_megatron.convert import app as convert_app
+from cca_megatron.generate import generate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,6 +31,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Make datasets for Megatron.")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(convert_app, name="convert")
+app.command()(generate)
 console = Console(highlight=False)
 
 

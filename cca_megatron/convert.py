@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from cca_megatron.config import CCAConfig
     from cca_megatron.hf.convert import Conversion
     from cca_megatron.hf.convert import Progress as Report
+    from cca_megatron.training.device import Device
 
 app = typer.Typer(no_args_is_help=True, help="Convert ZAYA1 checkpoints from and to Hugging Face's format.")
 console = Console(highlight=False)
@@ -44,8 +46,8 @@ def from_hf(
     from cca_megatron.hf.convert import hf_to_megatron
 
     with _failures(), _bar("converting") as report:
-        _load_megatron()
-        conversion = hf_to_megatron(source, target, _arguments, verify, report)
+        arguments = partial(_arguments, load_megatron())
+        conversion = hf_to_megatron(source, target, arguments, verify, report)
     _show(conversion, target)
     console.print(
         f"train it: a recipe with  extends: {target / 'model.yaml'}  and under megatron:\n"
@@ -73,29 +75,35 @@ def to_hf(
     from cca_megatron.training.checkpoint import open_checkpoint
 
     with _failures(), _bar("converting") as report:
-        _load_megatron()
+        load_megatron()
         directory, args = open_checkpoint(source, step)
         cca = cca_config_from_args(args)
         conversion = megatron_to_hf(directory, target, vars(args), cca, verify, report)
     _show(conversion, target)
 
 
-def _load_megatron() -> None:
+def load_megatron() -> "Device":
+    """Import Megatron for the device of this machine, and say which it is."""
+    from cca_megatron.training import session
     from cca_megatron.training.device import select_device
-    from cca_megatron.training.session import load_megatron
 
-    load_megatron(select_device())
+    device = select_device()
+    session.load_megatron(device)
+    return device
 
 
 def _arguments(
-    settings: Mapping[str, Any], cca: "CCAConfig", dtype: "torch.dtype", tokenizer: Path | None
+    device: "Device",
+    settings: Mapping[str, Any],
+    cca: "CCAConfig",
+    dtype: "torch.dtype",
+    tokenizer: Path | None,
 ) -> Namespace:
     """Megatron's arguments of a run of this model, checked, as its checkpoints carry them."""
     import torch
 
     from cca_megatron.hf.config import zaya_settings
     from cca_megatron.training.command import build_command
-    from cca_megatron.training.device import select_device
     from cca_megatron.training.recipe import DataSection, LaunchSection, Recipe
 
     arguments = {
@@ -123,7 +131,7 @@ def _arguments(
         output=None,
         zaya=zaya_settings(settings),
     )
-    return build_command(recipe, select_device()).args
+    return build_command(recipe, device).args
 
 
 @contextmanager

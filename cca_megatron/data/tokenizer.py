@@ -19,7 +19,7 @@ import numpy as np
 from cca_megatron.data.sources import DataError
 
 BYTES = "bytes"
-_BYTES_EOD = 256
+BYTES_EOD = 256
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def megatron_arguments(name: str) -> dict[str, Any]:
     """
     kind, _, value = name.partition(":")
     if name == BYTES:
-        return {"tokenizer-type": "NullTokenizer", "vocab-size": _BYTES_EOD + 1}
+        return {"tokenizer-type": "NullTokenizer", "vocab-size": BYTES_EOD + 1}
     if kind == "hf" and value:
         return {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": value}
     if kind == "sentencepiece" and value:
@@ -58,7 +58,7 @@ def load_encoder(name: str) -> Encoder:
     """
     arguments = megatron_arguments(name)
     if name == BYTES:
-        return Encoder(lambda text: np.frombuffer(text.encode("utf-8"), np.uint8), _BYTES_EOD, _BYTES_EOD + 1)
+        return Encoder(lambda text: np.frombuffer(text.encode("utf-8"), np.uint8), BYTES_EOD, BYTES_EOD + 1)
     package = {"hf": "transformers", "sentencepiece": "sentencepiece"}[name.partition(":")[0]]
     if importlib.util.find_spec(package) is None:
         raise DataError(f"tokenizer {name!r} needs {package}. Run: pip install {package}")

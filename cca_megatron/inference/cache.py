@@ -9,6 +9,8 @@ from torch import Tensor
 from cca_kernels import Boundary
 from cca_megatron._compat import StaticInferenceContext
 
+_BOUNDARIES = "cca_boundaries"
+
 
 class GenerationContext(StaticInferenceContext):
     """Megatron's static context for a batch of prompts of different lengths.
@@ -39,6 +41,12 @@ class GenerationContext(StaticInferenceContext):
         """Of all layers' keys and values on this rank."""
         return sum(x.numel() * x.element_size() for kv in self.key_value_memory_dict.values() for x in kv)
 
+    @property
+    def state_bytes(self) -> int:
+        """Of what convs and value shift look back to, on this rank."""
+        states = self.__dict__.get(_BOUNDARIES, {})
+        return sum(x.numel() * x.element_size() for boundary in states.values() for x in boundary)
+
 
 @dataclass
 class Step:
@@ -66,7 +74,7 @@ class Step:
         if self.left_padding is None:
             return seen[None, None]
         # Padding sees itself, for a query that sees nothing has no softmax.
-        return (seen & (key >= self.left_padding[:, None, None])) [:, None] | (key == query)
+        return (seen & (key >= self.left_padding[:, None, None]))[:, None] | (key == query)
 
 
 def step_of(context: Any, tokens: int, device: torch.device) -> Step:
@@ -103,11 +111,9 @@ class LayerCache:
         """Keep the last rows of the latents [S, B, G, R+2, D] for the next call."""
         latents, value = mixed[..., :-1, :], mixed[-1, ..., -1, :].flatten(1)
         before = self.boundary()
-        if before is None:
-            earlier = latents.new_zeros(rows, *latents.shape[1:])
-        else:
-            earlier = before.latents[0]
-        last = torch.cat([earlier, latents])[-rows:] if rows else earlier
+        zeros = latents.new_zeros(rows, *latents.shape[1:])
+        earlier = zeros if before is None else before.latents[0]
+        last = torch.cat([earlier, latents])[-rows:] if rows else zeros
         delayed = value[:, value.shape[1] if delay_from is None else delay_from :]
         self._boundaries[self.layer_number] = Boundary(last[None], delayed[None])
 
@@ -136,4 +142,4 @@ class LayerCache:
 
     @property
     def _boundaries(self) -> dict[int, Boundary]:
-        return self.context.__dict__.setdefault("cca_boundaries", {})
+        return self.context.__dict__.setdefault(_BOUNDARIES, {})

@@ -1,11 +1,17 @@
 """ZAYA1 in every layout computes what transformers computes on one device: logits and every gradient."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from support.megatron import Layout
+import torch.distributed as dist
+from support.megatron import Layout, load, parallel, shared_directory
 
 zaya = pytest.importorskip("support.zaya_model", reason="transformers >= 5.23 is not installed")
 
+from cca_megatron.hf import export_hf_state_dict, load_hf_state_dict  # noqa: E402
+from cca_megatron.hf.convert import hf_to_megatron  # noqa: E402
+from cca_megatron.inference.generate import generate  # noqa: E402
 from cca_megatron.training import megatron_fixes  # noqa: E402
 from cca_megatron.zaya.layer import ZayaLayer  # noqa: E402
 from cca_megatron.zaya.router import ZayaRouter  # noqa: E402
@@ -134,3 +140,38 @@ def test_a_mistake_is_noticed(monkeypatch, layout, mistake):
     mistake(monkeypatch)
     with zaya.skipped_tokens_add_their_input(), pytest.raises(AssertionError, match="relative error"):
         zaya.ZayaPair(skip_output="input").compare(layout, torch.float64, BOUND)
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, etp=2), Layout(tp=2, ep=2)], ids=str)
+def test_generation_under_tensor_parallelism(layout):
+    """Greedy tokens are those of one process of transformers, which this one is too."""
+    model = zaya.random_zaya(torch.float32).eval()
+    generator = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(1, 96, (length,), generator=generator).tolist() for length in (9, 4)]
+    expected = []
+    for prompt in prompts:
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)
+        expected.append(out[0, len(prompt) :].tolist())
+    with parallel(layout):
+        (ours,) = zaya.ZayaPair().build(layout, torch.float32)
+        load_hf_state_dict(ours, model.state_dict())
+        new, _ = generate(ours.eval(), prompts, 64, chunk_size=5)
+    assert new == expected
+
+
+def test_any_layout_loads_a_converted_checkpoint():
+    """What ``convert`` writes is what ``load_hf_state_dict`` puts into the model."""
+    theirs = zaya.random_zaya(torch.float32)
+    with shared_directory() as directory:
+        if dist.get_rank() == 0:
+            theirs.save_pretrained(f"{directory}/hf")
+            hf_to_megatron(Path(directory, "hf"), Path(directory, "megatron"), lambda *_: None)
+        dist.barrier()
+        for layout in [Layout(tp=2, sp=True), Layout(ep=2), Layout(pp=2), Layout(pp=2, vpp=2)]:
+            with parallel(layout):
+                chunks = zaya.ZayaPair().build(layout, torch.float32)
+                load(chunks, f"{directory}/megatron/release")
+                back = export_hf_state_dict(chunks)
+            for name, tensor in back.items():
+                assert torch.equal(tensor, theirs.state_dict()[name]), (str(layout), name)
+        dist.barrier()
