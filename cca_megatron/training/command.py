@@ -22,6 +22,7 @@ from cca_megatron.training.recipe import Recipe, RecipeError
 from cca_megatron.zaya.settings import ZayaSettings
 
 MODULE = "cca_megatron.training.pretrain"
+_FP32_RESIDUAL = "--fp32-residual-connection"
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,8 @@ def _argv(recipe: Recipe, parser: ArgumentParser, device: Device) -> list[str]:
             raise RecipeError(f"{recipe.path}: {unknown_name('Megatron argument', name, known)}")
         else:
             argv += _tokens(recipe, option, options[option], value, device)
+    if not {"--bf16", "--fp16"} & set(argv) and _FP32_RESIDUAL in argv:
+        argv.remove(_FP32_RESIDUAL)  # as it is then anyway; Megatron refuses to be told
     argv += _own_argv("cca", recipe.cca)
     return argv if recipe.zaya is None else [*argv, "--zaya", *_own_argv("zaya", recipe.zaya)]
 

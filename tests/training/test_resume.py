@@ -15,6 +15,14 @@ EXPERTS = """
 """.split()
 
 
+ZAYA = """
+    --zaya --zaya-router-hidden-size 12 --zaya-balancing-rate 0.05 --fp32-residual-connection
+    --num-experts 4 --moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size 24
+    --moe-router-load-balancing-type none --expert-model-parallel-size 2
+    --moe-token-dispatcher-type alltoall --bf16
+""".split()
+
+
 @pytest.fixture(scope="module")
 def tensor_parallel_run(dataset, tmp_path_factory):
     """Six iterations under tensor and sequence parallelism, saved after the third."""
@@ -55,9 +63,10 @@ def test_a_tensor_parallel_checkpoint_goes_on_in_one_process(tensor_parallel_run
         assert loss == pytest.approx(whole[step], rel=1e-5)
 
 
-def test_experts_in_bf16_resume_exactly(dataset, tmp_path):
-    """Expert parallelism and the distributed optimizer, as in the quickstart."""
-    arguments = [*DENSE, *EXPERTS, "--data-path", dataset]
+@pytest.mark.parametrize("experts", [EXPERTS, ZAYA], ids=["linear router", "zaya"])
+def test_experts_in_bf16_resume_exactly(dataset, tmp_path, experts):
+    """Expert parallelism and the distributed optimizer, as in the quickstart; ZAYA's balancing biases too."""
+    arguments = [*DENSE, *experts, "--data-path", dataset]
     pretrain(2, *arguments, "--save", f"{tmp_path}/save", "--tensorboard-dir", f"{tmp_path}/log")
     whole, rest = losses(tmp_path / "log"), go_on(tmp_path, arguments, 2, "again")
     assert rest == {step: whole[step] for step in range(SAVED + 1, STEPS + 1)}

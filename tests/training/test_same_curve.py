@@ -94,13 +94,30 @@ VARIANTS = {
         "--expert-model-parallel-size 2 --moe-token-dispatcher-type allgather",
     ),
     "experts, pipeline": ("experts", 2, "--pipeline-model-parallel-size 2"),
+    "zaya, experts": ("zaya", 2, "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"),
+    "zaya, tensor": ("zaya", 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "zaya, pipeline": ("zaya", 2, "--pipeline-model-parallel-size 2"),
+    "zaya, context": ("zaya", 2, "--context-parallel-size 2 --cp-comm-type a2a"),
+    "zaya, full recompute": (
+        "zaya",
+        1,
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
 }
 QUICK = ["documents, context, evaluation by one"]
+# A high balancing rate, so that the biases move the choice of experts within a few steps.
+ZAYA = """
+    --zaya --zaya-router-hidden-size 12 --zaya-balancing-rate 0.05 --fp32-residual-connection
+    --num-experts 4 --moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size 24
+    --moe-router-load-balancing-type none --window-size (7,0) --window-attn-skip-freq [1,0]
+    --cca-window-rotary-base 100
+""".split()
 MODELS = {
     "dense": [],
     "one group": ["--num-query-groups", "1", "--clip-grad", "0.1"],
     "documents": DOCUMENTS,
     "experts": EXPERTS,
+    "zaya": ZAYA,
     "expert documents": [
         *DOCUMENTS,
         *EXPERTS[:-1],
