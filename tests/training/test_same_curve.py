@@ -107,7 +107,7 @@ VARIANTS = {
 QUICK = ["documents, context, evaluation by one"]
 # A high balancing rate, so that the biases move the choice of experts within a few steps.
 ZAYA = """
-    --zaya --zaya-router-hidden-size 12 --zaya-balancing-rate 0.05 --fp32-residual-connection
+    --zaya --zaya-router-hidden-size 12 --zaya-balancing-rate 0.05
     --num-experts 4 --moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size 24
     --moe-router-load-balancing-type none --window-size (7,0) --window-attn-skip-freq [1,0]
     --cca-window-rotary-base 100
