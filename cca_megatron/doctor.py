@@ -37,7 +37,7 @@ def examine() -> list[Finding]:
         _optional(
             "transformers",
             "transformers",
-            "hf: tokenizers and ZAYA1 weights need it: pip install 'transformers>=5.23' safetensors",
+            "hf: tokenizers and ZAYA1 weights need it: pip install 'transformers>=5.23'",
         ),
         _compiler(),
     ]
