@@ -8,6 +8,7 @@ import torch
 from cca_megatron._compat import GPTModel, TransformerConfig, parallel_state
 from cca_megatron.config import CCAConfig
 from cca_megatron.hf.config import zaya_settings
+from cca_megatron.hf.state_dict import remember_vocabulary
 from cca_megatron.zaya.embedding import hold_padding_embedding
 from cca_megatron.zaya.specs import zaya_decoder_block_spec
 
@@ -49,6 +50,10 @@ def zaya_model(
         if name not in _OF_THE_MODEL and name != "zaya" and not name.startswith("zaya_")
     }
     fields |= {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
+    if "window_size" in settings:
+        # The one way that has windows under context parallelism, with Transformer Engine and without.
+        is_local = transformer.get("transformer_impl") == "local"
+        fields["cp_comm_type"] = "a2a" if is_local else "all_gather"
     config = TransformerConfig(**(fields | transformer))
     at = {"ignore_virtual": False, "vp_stage": vp_stage}
     unit = config.tensor_model_parallel_size
@@ -67,5 +72,6 @@ def zaya_model(
         vp_stage=vp_stage,
     )
     hold_padding_embedding(model, zaya.padding_token)
+    remember_vocabulary(model, settings["vocab_size"])
     # As Megatron's Float16Module does; what must stay fp32 stays.
     return model.to(config.params_dtype).cuda()

@@ -36,6 +36,8 @@ def load_hf_state_dict(model: Model, state_dict: Mapping[str, Tensor]) -> None:
     sizes, embedding = sizes_of(model), state_dict.get("model.embed_tokens.weight")
     if embedding is not None and embedding.shape[0] < sizes.vocab:
         sizes = replace(sizes, vocab=embedding.shape[0])  # the model pads its vocabulary
+    for chunk in _chunks(model):
+        remember_vocabulary(chunk, sizes.vocab)
     maps = {m.megatron: m for m in tensor_maps(sizes)}
     check_names({name: tuple(tensor.shape) for name, tensor in state_dict.items()}, list(maps.values()))
     for shard in _shards(model):
@@ -49,7 +51,7 @@ def load_hf_state_dict(model: Model, state_dict: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def export_hf_state_dict(model: Model, vocab_size: int | None = None) -> dict[str, Tensor]:
+def export_hf_state_dict(model: Model) -> dict[str, Tensor]:
     """The weights of a Megatron model as those of a ``ZayaForCausalLM``, whole, in memory on every rank.
 
     All ranks must call it together. For a model that does not fit into the memory of one machine, save a
@@ -57,10 +59,9 @@ def export_hf_state_dict(model: Model, vocab_size: int | None = None) -> dict[st
 
     Args:
         model: the GPT model of this rank, or its chunks with virtual pipeline stages; wrapped or not.
-        vocab_size: tokens to keep of a padded vocabulary; None keeps all.
 
     Returns:
-        By the names of ``transformers``, on the CPU.
+        By the names of ``transformers``, on the CPU, without the rows that pad the vocabulary.
     """
     own = {_Part.of(shard): shard for shard in _shards(model)}
     owners: dict[str, list[tuple[_Part, int]]] = {}
@@ -74,7 +75,7 @@ def export_hf_state_dict(model: Model, vocab_size: int | None = None) -> dict[st
         for part, rank in owners[tensor_map.megatron]:
             whole[part.place] = _broadcast(own.get(part), part, rank)
         if tensor_map.megatron in _VOCABULARY:
-            whole = whole[:vocab_size]
+            whole = whole[: getattr(_chunks(model)[0], _TRUE_VOCABULARY, None)]
         exported |= dict(zip(tensor_map.hf, tensor_map.split(whole), strict=True))
     return {name: tensor.contiguous() for name, tensor in exported.items()}
 
@@ -133,6 +134,12 @@ def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], tied: 
         raise ConversionError("the weights are not those of this model:\n  - " + "\n  - ".join(shown))
 
 
+def remember_vocabulary(model: Any, size: int) -> None:
+    """Note on a GPT model how many tokens there are without padding, for the way back."""
+    setattr(model, _TRUE_VOCABULARY, size)
+
+
+_TRUE_VOCABULARY = "true_vocab_size"
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 

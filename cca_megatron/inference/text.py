@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from cca_megatron.data.tokenizer import BYTES_EOD
 
@@ -18,8 +19,12 @@ class Tokenizer:
     """The token that ends a document."""
 
 
-def load_tokenizer(args: Namespace) -> Tokenizer:
+def load_tokenizer(args: Namespace, beside: Path) -> Tokenizer:
     """The tokenizer that these arguments of a run name.
+
+    Args:
+        args: of the run; changed.
+        beside: the folder of a converted checkpoint's tokenizer, if it is one and was moved.
 
     Raises:
         ValueError: they name none that turns text into tokens.
@@ -39,6 +44,8 @@ def load_tokenizer(args: Namespace) -> Tokenizer:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     args.rank = 0
+    if beside.is_dir() and not Path(str(args.tokenizer_model)).exists():
+        args.tokenizer_model = str(beside)
     tokenizer = build_tokenizer(args)
     return Tokenizer(
         encode=lambda text: [int(token) for token in tokenizer.tokenize(text)],

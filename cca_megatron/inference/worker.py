@@ -76,7 +76,7 @@ def answer(request: Request, on_token: Any = None) -> Answer:
     try:
         dtype = _dtype(request, args)
         model = load_model(directory, args, request.tensor_parallel, dtype)
-        tokenizer = load_tokenizer(args)
+        tokenizer = load_tokenizer(args, directory.parent / "tokenizer")
         started = time.monotonic()
         new, context = generate(
             model,

@@ -92,7 +92,7 @@ class ZayaRouter(TopKRouter):
     def gating(self, input: Tensor) -> Tensor:
         """[s, b, hidden] -> logits [s, b, classes], in ``moe_router_dtype``; moves the state on."""
         dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(self.config.moe_router_dtype, input.dtype)
-        state = _apply(self.down_proj, input.to(dtype))
+        state = _project(self.down_proj, input.to(dtype))
         if self.router_states_scale is not None:
             if self.state is None:
                 raise RuntimeError(
@@ -104,8 +104,8 @@ class ZayaRouter(TopKRouter):
         weight = self.norm_weight.to(dtype)
         hidden = F.rms_norm(state, weight.shape, weight, self.config.layernorm_epsilon)
         for linear in (self.fc1, self.fc2):
-            hidden = F.gelu(_apply(linear, hidden))
-        return _apply(self.out_proj, hidden)
+            hidden = F.gelu(_project(linear, hidden))
+        return _project(self.out_proj, hidden)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits [s, b, classes] -> weights and choice of the experts, both [s * b, experts].
@@ -158,7 +158,7 @@ class ZayaRouter(TopKRouter):
         return self
 
 
-def _apply(linear: torch.nn.Linear, x: Tensor) -> Tensor:
+def _project(linear: torch.nn.Linear, x: Tensor) -> Tensor:
     """The linear in the dtype of x."""
     bias = None if linear.bias is None else linear.bias.to(x.dtype)
     return F.linear(x, linear.weight.to(x.dtype), bias)

@@ -5,11 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support.closeness import assert_close
+from support.comparison import reference, run
 from support.megatron import Layout, load, parallel, shared_directory
 
 zaya = pytest.importorskip("support.zaya_model", reason="transformers >= 5.23 is not installed")
 
-from cca_megatron.hf import export_hf_state_dict, load_hf_state_dict  # noqa: E402
+from cca_megatron.hf import (  # noqa: E402
+    config_from_hf,
+    export_hf_state_dict,
+    load_hf_state_dict,
+    zaya_model,
+)
 from cca_megatron.hf.convert import hf_to_megatron  # noqa: E402
 from cca_megatron.inference.generate import generate  # noqa: E402
 from cca_megatron.training import megatron_fixes  # noqa: E402
@@ -175,3 +182,31 @@ def test_any_layout_loads_a_converted_checkpoint():
             for name, tensor in back.items():
                 assert torch.equal(tensor, theirs.state_dict()[name]), (str(layout), name)
         dist.barrier()
+
+
+@pytest.mark.parametrize("layout", [Layout(pp=2), Layout(pp=2, vpp=2)], ids=str)
+def test_stages_before_the_first_router(layout):
+    """Dense layers hand on what they get; before the first expert layer that is nothing."""
+    model = zaya.ZayaPair({"moe_layer_freq": [0, 0, 1, 1], "ffn_hidden_size": 40})
+    weights, expected = reference(model)
+    got = run(model, layout, torch.float64, f"{weights}/weights")
+    assert_close("logits", expected.logits, got.logits, BOUND)
+    for name, gradient in expected.gradients.items():
+        assert_close(f"gradient of {name}", gradient, got.gradients[name], BOUND)
+    scale = expected.gradients["decoder.layers.3.mlp.router.router_states_scale"]
+    assert scale.any(), "the second router does not see the first"
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2, sp=True), Layout(pp=2)], ids=str)
+def test_a_padded_vocabulary_comes_back_without_padding(layout):
+    theirs = zaya.random_zaya(torch.float32, vocab_size=97)
+    settings, cca = config_from_hf(theirs.config)
+    with parallel(layout):
+        local = {"transformer_impl": "local", "use_cpu_initialization": True, "params_dtype": torch.float32}
+        local |= {"gradient_accumulation_fusion": False, "pipeline_dtype": torch.float32}
+        model = zaya_model(settings, cca, **layout.settings(), **local)
+        load_hf_state_dict(model, theirs.state_dict())
+        back = export_hf_state_dict(model)
+    assert back["model.embed_tokens.weight"].shape[0] == 97
+    for name, tensor in back.items():
+        assert torch.equal(tensor, theirs.state_dict()[name]), name

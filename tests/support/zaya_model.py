@@ -96,7 +96,6 @@ class ZayaPair(Model):
             "params_dtype": dtype,
             "pipeline_dtype": dtype,
             "fp32_residual_connection": dtype != torch.float64,
-            "cp_comm_type": "a2a",  # the local core attention has windows with it alone
         }
         stages = range(layout.vpp) if layout.vpp > 1 else [None]
         return [zaya_model(settings, cca, stage, **(transformer | self.settings)) for stage in stages]
