@@ -50,8 +50,8 @@ def from_hf(
         conversion = hf_to_megatron(source, target, arguments, verify, report)
     _show(conversion, target)
     console.print(
-        f"train it: a recipe with  extends: {target / 'model.yaml'}  and under megatron:\n"
-        f"  pretrained-checkpoint: {target}",
+        f"train it: a recipe with  extends: {target.resolve() / 'model.yaml'}  and under megatron:\n"
+        f"  pretrained-checkpoint: {target.resolve()}",
         markup=False,
         soft_wrap=True,
     )
@@ -157,11 +157,19 @@ def _failures() -> Iterator[None]:
 
     try:
         yield
-    except (ConversionError, RecipeError, OSError) as error:
+    except (ConversionError, RecipeError, OSError, ValueError) as error:
         _fail(error)
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if not _is_interrupt(error):
+            raise
         console.print("stopped; nothing was written")
         raise typer.Exit(130) from None
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Ctrl-C, which torch.distributed.checkpoint wraps in an exception of its own, by rank."""
+    wrapped = getattr(error, "failures", {}).values()
+    return isinstance(error, KeyboardInterrupt) or any(isinstance(e, KeyboardInterrupt) for e, _ in wrapped)
 
 
 def _fail(message: object) -> NoReturn:

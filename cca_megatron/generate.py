@@ -57,7 +57,7 @@ def generate(
             seed, chunk_size, dtype,
         )  # fmt: skip
         result = _answer(request)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
         Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
     _show(request, result)
@@ -137,8 +137,7 @@ def _bar(request: Request) -> Progress:
 
 def _show(request: Request, result: Answer) -> None:
     for prompt, text in zip(request.prompts, result.texts, strict=True):
-        console.print(f"[bold]{_escape(prompt)}[/]{_escape(text)}", soft_wrap=True)
-        console.print()
+        typer.echo(prompt + text + "\n")  # as it is: no markup, no emoji, tabs kept
     rate = sum(result.tokens) / max(result.seconds, 1e-9)
     console.print(f"{sum(result.tokens)} tokens in {result.seconds:.1f} s, {rate:.1f} tokens/s")
     console.print(
@@ -147,9 +146,3 @@ def _show(request: Request, result: Answer) -> None:
         "value shift",
         soft_wrap=True,
     )
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -159,6 +159,10 @@ def _values(hf_config: Any) -> dict[str, Any]:
     missing = [name for name in _NEEDED if values.get(name) is None]
     if missing:
         raise ConversionError(f"the configuration lacks {', '.join(missing)}")
+    wrong = [name for name in _NEEDED if isinstance(values[name], bool | str) or values[name] <= 0]
+    if wrong:
+        shown = ", ".join(f"{name}={values[name]!r}" for name in wrong)
+        raise ConversionError(f"the configuration has {shown}: must be numbers above 0")
     return values
 
 

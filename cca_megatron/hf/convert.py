@@ -2,7 +2,9 @@
 
 import datetime
 import json
+import os
 import shutil
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +39,7 @@ from cca_megatron.hf.tensors import (
 )
 
 MANIFEST, MODEL, TOKENIZER, RELEASE = "conversion.json", "model.yaml", "tokenizer", "release"
+SOURCE_CONFIG = "source_config.json"
 _TRACKER = "latest_checkpointed_iteration.txt"
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
                     "chat_template.*", "generation_config.json")  # fmt: skip
@@ -75,7 +78,7 @@ class _Release:
     @classmethod
     def open(cls, folder: Path) -> "_Release":
         """Check all names and shapes of the files; no tensor is read."""
-        files, config = SafetensorsFolder(folder), read_config(folder)
+        files, config = SafetensorsFolder(folder), read_config(folder / CONFIG)
         if not is_first_release(files):
             config = {"model_type": "zaya", **config}
             config_from_hf(config)  # refuses what is not ZAYA
@@ -144,6 +147,10 @@ def hf_to_megatron(
         ]
         write_checkpoint(checkpoint, tensors, make, common, objects)
         (folder / _TRACKER).write_text(RELEASE)
+        # Which tokens are special, for the way back.
+        shutil.copy2(source / CONFIG, folder / SOURCE_CONFIG)
+        if tokenizer is not None:
+            shutil.copy2(source / CONFIG, tokenizer)
         (folder / MODEL).write_text(_recipe(settings, cca, final))
         if verify:
             written = DistributedCheckpoint(checkpoint)
@@ -193,7 +200,8 @@ def megatron_to_hf(
         tokenizer = _tokenizer_of(source, settings)
         if tokenizer is not None:
             _copy_files(tokenizer, folder)
-            config = _special_tokens(tokenizer) | {k: v for k, v in config.items() if v is not None}
+        for file in (source.parent / SOURCE_CONFIG, *([tokenizer / CONFIG] if tokenizer else [])):
+            config |= {k: v for k, v in _special_tokens(file).items() if config.get(k) is None}
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         if verify:
             written = SafetensorsFolder(folder)
@@ -254,9 +262,10 @@ def _new_folder(target: Path) -> Iterator[Path]:
     """A folder beside the target, which becomes it when the block ends well and else is deleted."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConversionError(f"{target.resolve()} is there already; choose another folder, or delete it")
-    folder = target.resolve().with_name(target.resolve().name + ".incomplete")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    parent = target.resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{target.name}.incomplete-", dir=parent))
+    folder.chmod(0o777 & ~_umask())
     try:
         yield folder
     except BaseException:
@@ -267,13 +276,18 @@ def _new_folder(target: Path) -> Iterator[Path]:
     folder.rename(target.resolve())
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _copy_tokenizer(source: Path, folder: Path) -> Path | None:
     if not any(source.glob("tokenizer*")):
         return None
     tokenizer = folder / TOKENIZER
     tokenizer.mkdir()
     _copy_files(source, tokenizer)
-    shutil.copy2(source / CONFIG, tokenizer)  # which tokens are special, for the way back
     return tokenizer
 
 
@@ -284,11 +298,10 @@ def _tokenizer_of(source: Path, settings: Mapping[str, Any]) -> Path | None:
     return next((place for place in places if place.is_dir()), None)
 
 
-def _special_tokens(tokenizer: Path) -> dict[str, Any]:
-    file = tokenizer / CONFIG
+def _special_tokens(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    return {k: v for k, v in read_config(tokenizer).items() if k.endswith("_token_id")}
+    return {k: v for k, v in read_config(file).items() if k.endswith("_token_id")}
 
 
 def _copy_files(source: Path, folder: Path) -> None:
@@ -304,7 +317,7 @@ def _recipe(settings: Mapping[str, Any], cca: CCAConfig, tokenizer: Path | None)
     model = {
         name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
         for name, value in settings.items()
-        if not name.startswith("zaya") and not (name == "vocab_size" and tokenizer is not None)
+        if not name.startswith("zaya")
     }
     defaults = asdict(CCAConfig())
     changed = {

@@ -74,7 +74,8 @@ class DistributedCheckpoint(Mapping[str, Tensor]):
         self._tensors = {
             key: entry
             for key, entry in entries.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
+            # Of several optimizers each has a prefix of its own.
+            if isinstance(entry, TensorStorageMetadata) and "optimizer." not in key
         }
 
     def shape(self, key: str) -> Shape:

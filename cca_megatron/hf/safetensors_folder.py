@@ -27,6 +27,8 @@ class SafetensorsFolder(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: Path):
+        if not folder.is_dir():
+            raise ConversionError(f"{folder.resolve()}: is no folder")
         self._files = _files(folder)
         self.shapes: dict[str, Shape] = {}
         self._place: dict[str, Path] = {}
@@ -50,9 +52,8 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         return len(self._place)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
     """The ``config.json`` of a checkpoint."""
-    file = folder / CONFIG
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:

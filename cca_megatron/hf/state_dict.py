@@ -24,6 +24,8 @@ Model = torch.nn.Module | Sequence[torch.nn.Module]
 def load_hf_state_dict(model: Model, state_dict: Mapping[str, Tensor]) -> None:
     """Copy the weights of a ``ZayaForCausalLM`` into a Megatron model.
 
+    Before the optimizer is built, which has copies of its own.
+
     Args:
         model: the GPT model of this rank, or its chunks with virtual pipeline stages; wrapped or not.
         state_dict: by the names of ``transformers``, whole tensors. A tied
@@ -34,15 +36,16 @@ def load_hf_state_dict(model: Model, state_dict: Mapping[str, Tensor]) -> None:
         ConversionError: names are unknown or missing, or shapes do not fit; nothing is copied then.
     """
     sizes, embedding = sizes_of(model), state_dict.get("model.embed_tokens.weight")
-    if embedding is not None and embedding.shape[0] < sizes.vocab:
-        sizes = replace(sizes, vocab=embedding.shape[0])  # the model pads its vocabulary
-    for chunk in _chunks(model):
-        remember_vocabulary(chunk, sizes.vocab)
+    if embedding is not None and _is_padded(model, embedding.shape[0], sizes.vocab):
+        sizes = replace(sizes, vocab=embedding.shape[0])
     maps = {m.megatron: m for m in tensor_maps(sizes)}
     check_names({name: tuple(tensor.shape) for name, tensor in state_dict.items()}, list(maps.values()))
+    for chunk in _chunks(model):
+        remember_vocabulary(chunk, sizes.vocab)
     for shard in _shards(model):
         if shard.key not in maps:
-            continue  # state of the balancing biases' optimizer
+            shard.data.zero_()  # state of the balancing biases' optimizer
+            continue
         tensor_map = maps[shard.key]
         whole = tensor_map.join([state_dict[name] for name in tensor_map.hf])
         part = whole[_place(shard)].to(shard.data.device)
@@ -86,11 +89,13 @@ def sizes_of(model: Model) -> Sizes:
     Raises:
         ConversionError: it has none.
     """
-    chunk = _chunks(model)[0]
-    layer = next((module for module in chunk.modules() if isinstance(module, ZayaLayer)), None)
+    chunk, *_ = chunks = _chunks(model)
+    layers = (module for one in chunks for module in one.modules() if isinstance(module, ZayaLayer))
+    layer = next(layers, None)
     if layer is None:
         raise ConversionError(
-            f"{type(chunk).__name__} has no layers of ZAYA: zaya_decoder_block_spec makes them"
+            f"{type(chunk).__name__} has no layers of ZAYA here: zaya_decoder_block_spec makes them, and "
+            "every pipeline stage needs one"
         )
     config, zaya, cca = layer.config, layer.zaya, layer.self_attention.cca
     return Sizes(
@@ -139,6 +144,15 @@ def remember_vocabulary(model: Any, size: int) -> None:
     setattr(model, _TRUE_VOCABULARY, size)
 
 
+def _is_padded(model: Model, tokens: int, rows: int) -> bool:
+    """Whether a model with so many rows of embeddings is one of so many tokens."""
+    true = getattr(_chunks(model)[0], _TRUE_VOCABULARY, None)
+    unit = _chunks(model)[0].config.tensor_model_parallel_size * _PADDING_UNIT
+    return tokens == true if true is not None else rows - unit < tokens < rows
+
+
+_PADDING_UNIT = 128
+"""Megatron pads to a multiple of this and the tensor-parallel size, unless told otherwise."""
 _TRUE_VOCABULARY = "true_vocab_size"
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 

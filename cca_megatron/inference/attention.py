@@ -20,6 +20,7 @@ def check_context(attention: "CCASelfAttention", context: Any, packed_seq_params
         message
         for broken, message in (
             (not context.is_static_batching(), "dynamic batching; StaticInferenceContext works"),
+            (context.batch_size_offset != 0, "batch_size_offset; a batch at once works"),
             (packed_seq_params is not None, "packed documents; a batch of prompts works"),
             (config.context_parallel_size > 1, "context parallelism; context_parallel_size=1 works"),
             (config.sequence_parallel, "sequence parallelism; sequence_parallel=False works"),

@@ -56,6 +56,8 @@ class Step:
     positions: Tensor
     """[S], or [S, B] with padding, where it is negative for padding."""
     left_padding: Tensor | None
+    given_padding: Tensor | None
+    """The same as the context has it, to see whether it is still that."""
 
     def visible(self, window: int | None, first: int, end: int) -> Tensor | None:
         """Which of the keys ``first`` to ``end`` each query sees: [1 or B, 1, S, keys], True where it does.
@@ -81,14 +83,16 @@ def step_of(context: Any, tokens: int, device: torch.device) -> Step:
     """The current call, made once for all layers."""
     start = context.sequence_len_offset
     kept = context.__dict__.get("cca_step")
-    if kept is not None and (kept.start, kept.positions.shape[0]) == (start, tokens):
+    padding = getattr(context, "left_padding", None)
+    is_same = kept is not None and (kept.start, kept.positions.shape[0]) == (start, tokens)
+    if is_same and kept.given_padding is padding:
         return kept
     positions = start + torch.arange(tokens, device=device)
-    padding = getattr(context, "left_padding", None)
+    given = padding
     if padding is not None:
         padding = padding.to(device)
         positions = positions[:, None] - padding
-    context.cca_step = Step(start, positions, padding)
+    context.cca_step = Step(start, positions, padding, given)
     return context.cca_step
 
 
@@ -124,19 +128,19 @@ class LayerCache:
             ValueError: the context is too small.
         """
         context, (tokens, batch) = self.context, key.shape[:2]
-        start, first = context.sequence_len_offset, context.batch_size_offset
+        start = context.sequence_len_offset
         end = start + tokens
-        if end > context.max_sequence_length or first + batch > context.max_batch_size:
+        if end > context.max_sequence_length or batch > context.max_batch_size:
             raise ValueError(
                 f"the inference context holds {context.max_batch_size} sequences of "
-                f"{context.max_sequence_length} tokens; {first + batch} of {end} are wanted: make it larger"
+                f"{context.max_sequence_length} tokens; {batch} of {end} are wanted: make it larger"
             )
         kept = context.key_value_memory_dict.get(self.layer_number)
         if kept is None:
             shape = (context.max_sequence_length, context.max_batch_size)
             kept = tuple(x.new_empty(*shape, *x.shape[2:]) for x in (key, value))
             context.key_value_memory_dict[self.layer_number] = kept
-        keys, values = (cache[:, first : first + batch] for cache in kept)
+        keys, values = (cache[:, :batch] for cache in kept)
         keys[start:end], values[start:end] = key, value
         return keys[:end], values[:end]
 

@@ -1,5 +1,6 @@
 """From prompts to continuations with a model in memory."""
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(
                 f"temperature={self.temperature}: must be at least 0; 0 takes the likeliest token"
             )
@@ -66,6 +67,7 @@ def generate(
         ValueError: a prompt is empty, or a number is out of its range.
     """
     _check(prompts, max_new_tokens, chunk_size, vocab_size or model.vocab_size)
+    _check_length(model, max(map(len, prompts)) + max_new_tokens)
     sampling = sampling or Sampling()
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
@@ -76,7 +78,8 @@ def generate(
 
     def run(part: Tensor) -> Tensor:
         start = context.sequence_len_offset
-        positions = start + torch.arange(part.shape[1], device=device).expand_as(part)
+        # Of use to learned positions only: RoPE's are counted where the padding is known, too.
+        positions = (start + torch.arange(part.shape[1], device=device) - padding[:, None]).clamp(min=0)
         logits = model(part, positions, None, inference_context=context, runtime_gather_output=True)
         context.increment_sequence_len_offset(part.shape[1])
         return logits[:, -1, :vocab_size]
@@ -112,10 +115,19 @@ def _next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) 
     logits = logits.float().cpu()
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    ordered, tokens = (logits / sampling.temperature).softmax(-1).sort(-1, descending=True)
+    scaled = (logits.double() - logits.amax(-1, keepdim=True)) / sampling.temperature
+    ordered, tokens = scaled.softmax(-1).sort(-1, descending=True)
     # A token is out if those before it have the probability already.
     ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= sampling.top_p, 0)
     return tokens.gather(-1, torch.multinomial(ordered, 1, generator=generator))[:, 0]
+
+
+def _check_length(model: GPTModel, length: int) -> None:
+    if model.position_embedding_type == "learned_absolute" and length > model.max_sequence_length:
+        raise ValueError(
+            f"prompts and max_new_tokens take {length} tokens, and the model has learned "
+            f"{model.max_sequence_length} positions; fewer new tokens work"
+        )
 
 
 def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk_size: int, vocab: int) -> None:

@@ -7,9 +7,15 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from cca_megatron._compat import GPTModel, ProcessGroupCollection, parallel_state
+from cca_megatron._compat import HAVE_TE, GPTModel, ProcessGroupCollection, parallel_state
 from cca_megatron.training.model import CCAModelBuilder, model_config_from_args
 
+# How a run was made fast, which another machine may lack and generation has no use for.
+_OFF = (
+    "sequence_parallel", "tp_comm_overlap", "fp8", "fp4", "gradient_accumulation_fusion",
+    "overlap_moe_expert_parallel_comm", "delay_wgrad_compute", "cpu_offloading", "moe_permute_fusion",
+    "fine_grained_activation_offloading", "overlap_p2p_comm", "defer_embedding_wgrad_compute",
+)  # fmt: skip
 _ONE = (
     "pipeline_model_parallel_size",
     "context_parallel_size",
@@ -41,7 +47,12 @@ def load_model(directory: Path, args: Namespace, tensor_parallel: int, dtype: to
     args.tensor_model_parallel_size = args.expert_tensor_parallel_size = tensor_parallel
     args.virtual_pipeline_model_parallel_size = args.pipeline_model_parallel_layout = None
     args.tensor_parallel_num_weight_shards = args.expert_tensor_parallel_num_weight_shards = None
-    args.sequence_parallel = args.tp_comm_overlap = args.fp8 = False
+    for name in _OFF:
+        setattr(args, name, False)
+    args.transformer_impl = (
+        "transformer_engine" if HAVE_TE and torch.cuda.get_device_name() != "cpu" else "local"
+    )
+    args.cuda_graph_impl, args.moe_token_dispatcher_type = "none", "alltoall"
     args.padded_vocab_size, args.params_dtype = vocab, dtype
     args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
     args.recompute_granularity, args.perform_initialization = None, False

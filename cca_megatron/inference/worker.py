@@ -117,7 +117,7 @@ def main() -> None:
     """Answer the request in the first argument; rank 0 writes the answer to the file in the second."""
     try:
         result = answer(Request(**json.loads(sys.argv[1])))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
         raise SystemExit(f"{FAILED}{error}") from error
     if os.environ.get("RANK", "0") == "0":
         Path(sys.argv[2]).write_text(json.dumps(asdict(result)))

@@ -82,6 +82,12 @@ def _entry_rules(args: Namespace) -> _Rules:
             "router state from layer to layer; num-layers instead of the pattern works",
         ),
         (
+            args.padded_vocab_size and args.padded_vocab_size % tp,
+            f"padded_vocab_size={args.padded_vocab_size}: must be a multiple of "
+            f"tensor_model_parallel_size={tp}; "
+            f"padded_vocab_size={_next_multiple(args.padded_vocab_size or 1, tp)} works",
+        ),
+        (
             args.fim_data,
             "fim_data: this entry reads text or conversations; use Megatron's own pretrain_gpt.py "
             "with --spec cca_megatron.specs cca_decoder_block_spec",

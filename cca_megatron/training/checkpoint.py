@@ -70,6 +70,8 @@ def open_checkpoint(directory: str | Path, step: int | None = None) -> tuple[Pat
 
     root = Path(directory)
     path = root
+    if (root / _INDEX).is_file() and step is not None:
+        raise ValueError(f"step={step}: {root.resolve()} is the folder of one iteration; leave step out")
     if not (root / _INDEX).is_file():
         path = iteration_directory(root, step) if step is not None else _latest(root)
     if not (path / _INDEX).is_file():
@@ -80,6 +82,11 @@ def open_checkpoint(directory: str | Path, step: int | None = None) -> tuple[Pat
     args = dist_checkpointing.load_common_state_dict(str(path)).get("args")
     if args is None:
         raise ValueError(f"{path.resolve()}: was saved without the arguments of its run")
+    if not hasattr(args, "cca_conv_kernel_sizes"):
+        raise ValueError(
+            f"{path.resolve()}: was saved by another script than cca-megatron train, whose arguments say "
+            "nothing of CCA; go on from it there (megatron.load=FOLDER) and save it once"
+        )
     return path, args
 
 
@@ -131,6 +138,11 @@ def _saved_arguments(directory: str | Path, iteration: int) -> Any:
     return dist_checkpointing.load_common_state_dict(str(path)).get("args")
 
 
+def _is_state(name: str) -> bool:
+    """Whether a tensor is an optimizer's, which has a prefix where there are several, or the biases' own."""
+    return "optimizer." in name or ".balancing_" in name
+
+
 def count_parameters(directory: str | Path, iteration: int) -> int:
     """Parameters of the whole model, whatever its parallel layout, from the checkpoint's own index."""
     from torch.distributed.checkpoint import FileSystemReader
@@ -141,5 +153,5 @@ def count_parameters(directory: str | Path, iteration: int) -> int:
     return sum(
         entry.size.numel()
         for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata) and "optimizer." not in name and ".balancing_" not in name
+        if isinstance(entry, TensorStorageMetadata) and not _is_state(name)
     )

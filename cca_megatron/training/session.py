@@ -119,7 +119,7 @@ def _ensure_data(recipe: Recipe, console: Console) -> None:
     manifest = read_manifest(data.prefix)
     if manifest is None:  # made by another tool
         return
-    if manifest.tokenizer != data.tokenizer:
+    if _resolved(manifest.tokenizer) != _resolved(data.tokenizer):
         raise RecipeError(
             f"data.prefix={data.prefix} was made with tokenizer {manifest.tokenizer!r}, not with "
             f"{data.tokenizer!r}; data.tokenizer={manifest.tokenizer} or another data.prefix works"
@@ -134,6 +134,12 @@ def _ensure_data(recipe: Recipe, console: Console) -> None:
             f"data.prefix={data.prefix} was made from {found[0]} with text_key {found[1]!r}, not from "
             f"{wanted[0]} with {wanted[1]!r}; choose another data.prefix"
         )
+
+
+def _resolved(tokenizer: str) -> str:
+    """The name of a tokenizer, with the path in it, if there is one, made absolute."""
+    kind, _, name = tokenizer.partition(":")
+    return f"{kind}:{Path(name).resolve()}" if name and Path(name).exists() else tokenizer
 
 
 def prepare_data(

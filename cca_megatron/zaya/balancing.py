@@ -65,6 +65,7 @@ def update_biases(routers: list[ZayaRouter]) -> None:
         [router.balancing_exp_avg_sq for router in routers],
         [],
         [router.balancing_step for router in routers],
+        capturable=counts.device.type == "cuda",  # else it waits for the device to read each step
         amsgrad=False,
         beta1=_BETAS[0],
         beta2=_BETAS[1],

@@ -82,7 +82,9 @@ class ZayaRouter(TopKRouter):
         device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
         linear = torch.nn.Linear(inputs, outputs, bias, device=device, dtype=self.config.params_dtype)
         if self.config.perform_initialization:
-            self.config.init_method(linear.weight)
+            # Logits of about 1 from the start: were all classes alike, one step of the balancing biases would
+            # send every token to another expert.
+            torch.nn.init.normal_(linear.weight, std=inputs**-0.5)
             if bias:
                 torch.nn.init.zeros_(linear.bias)
         for parameter in linear.parameters():

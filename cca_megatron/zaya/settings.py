@@ -183,7 +183,22 @@ def _averaging_rules(config: Any) -> _Rules:
         return getattr(config, name, default)
 
     stages = given("pipeline_model_parallel_size", 1)
+    layout = given("pipeline_model_parallel_layout")
+    empty = [part for part in str(layout).split("|") if "t" not in part] if isinstance(layout, str) else []
+    splits = [
+        name
+        for name in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+        if given(name)
+        and given("num_layers") + 2 <= stages * (given("virtual_pipeline_model_parallel_size") or 1)
+    ]
     return [
+        (
+            "pipeline_model_parallel_layout",
+            empty,
+            "every stage needs a decoder layer, which takes the router state and hands it on",
+            "a layout with a 't' in every part",
+        ),
+        *((name, True, "a stage would have no decoder layer", "False") for name in splits),
         ("mlp_chunks_for_training", given("mlp_chunks_for_training", 1) > 1, "tokens are not cut", "1"),
         ("mlp_chunks_for_prefill", given("mlp_chunks_for_prefill", 1) > 1, "tokens are not cut", "1"),
         (

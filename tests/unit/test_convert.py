@@ -191,6 +191,40 @@ def test_a_damaged_file_is_named(hf_folder, tmp_path):
     assert "model.safetensors: cannot be read" in result.output
 
 
+def test_an_interrupt_leaves_nothing(hf_folder, tmp_path, monkeypatch):
+    from cca_megatron.hf import convert
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert._Counter, "add", interrupted)
+    result = run("hf-to-megatron", hf_folder, tmp_path / "megatron")
+    assert result.exit_code == 130
+    assert "stopped; nothing was written" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("hf-to-megatron", "nowhere"), "nowhere: is no folder"),
+        (("megatron-to-hf", "nowhere"), "no checkpoint in"),
+    ],
+)
+def test_a_source_that_is_not_there(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    result = run(*words, "out")
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+def test_special_tokens_come_back(hf_folder, tmp_path):
+    run("hf-to-megatron", hf_folder, tmp_path / "megatron")
+    run("megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, None, 0)
+
+
 def test_a_folder_with_something_in_it_is_kept(hf_folder, tmp_path):
     (tmp_path / "mine").write_text("precious")
     result = run("hf-to-megatron", hf_folder, tmp_path)
@@ -209,6 +243,7 @@ def test_a_folder_with_something_in_it_is_kept(hf_folder, tmp_path):
             "rope_type='default' works",
         ),
         ({"head_dim": None}, "lacks head_dim"),
+        ({"num_experts": "4"}, "num_experts='4': must be numbers above 0"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

@@ -112,6 +112,38 @@ def test_a_model_without_zayas_parts_generates_too():
         tokens = torch.cat([tokens, torch.tensor([[token]])], 1)
 
 
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize("positions", ["learned_absolute", "rope", "none"])
+def test_a_batch_is_what_its_prompts_are_alone(positions):
+    config = tiny_config(params_dtype=torch.float32)
+    spec = cca_decoder_block_spec(config)
+    model = gpt_model(config, spec, position_embedding_type=positions, max_sequence_length=24).eval()
+    randomize(model)
+    rows = prompts(3, 11, 1)
+    alone = [generate(model, [row], 12)[0][0] for row in rows]
+    assert generate(model, rows, 12)[0] == alone
+    if positions == "learned_absolute":
+        with pytest.raises(ValueError, match="24 positions"):
+            generate(model, rows, 14)
+
+
+def test_a_context_is_reset_for_other_padding(models):
+    ours, _ = models
+    one, other = prompts(3, 7), prompts(6, 7)
+    expected = generate(ours, other, 1)[0]
+    context = GenerationContext(2, 8)
+    logits = []
+    with torch.no_grad(), InferenceMode.active():
+        for rows in (one, other):
+            tokens, mask = padded(rows, "left")
+            context.reset()
+            context.left_padding = 7 - mask.sum(1)
+            positions = torch.arange(7).expand_as(tokens)
+            out = ours(tokens, positions, None, inference_context=context, runtime_gather_output=True)
+            logits.append(out[:, -1])
+    assert logits[1].argmax(-1).tolist() == [row[0] for row in expected]
+
+
 def test_sampling_is_repeatable_and_stays_within_top_p(models):
     ours, _ = models
     rows = prompts(5) * 200
@@ -146,8 +178,9 @@ def test_a_sequence_ends_with_its_stop_token(models):
         (lambda m: generate(m, [[1]], 0), "max_new_tokens=0"),
         (lambda m: Sampling(top_p=0), "top_p=0"),
         (lambda m: Sampling(temperature=-1), "temperature=-1"),
+        (lambda m: Sampling(temperature=float("nan")), "temperature=nan"),
     ],
-    ids=["empty", "outside", "none", "top-p", "temperature"],
+    ids=["empty", "outside", "none", "top-p", "temperature", "nan"],
 )
 def test_wrong_settings_are_named(models, call, message):
     with pytest.raises(ValueError, match=message):

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 from support.closeness import assert_close
+from support.megatron import Layout, parallel
 
 from cca_megatron.rotary import rotary_tables
 
@@ -49,3 +51,19 @@ def test_inference_mode_leaves_nothing_to_training(angles):
     with torch.inference_mode():
         rotary_tables(angles, 1.0)
     assert not rotary_tables(angles, 1.0)[0].is_inference()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_another_base_is_the_table_of_that_base(interleaved):
+    """Window layers may have one of their own, and Megatron makes one table for all layers."""
+    with parallel(Layout()):
+        settings = {"kv_channels": 16, "rotary_percent": 0.5, "rotary_interleaved": interleaved}
+        table, other = (
+            RotaryEmbedding(**settings, rotary_base=base, use_cpu_initialization=True)(20)
+            for base in (5_000_000, 300)
+        )
+    cos, sin = rotary_tables(table, 1.0, base=300.0, interleaved=interleaved)
+    assert_close("cos", other.cos(), cos, 1e-6)
+    assert_close("sin", other.sin(), sin, 1e-6)
+    assert rotary_tables(table, 1.0)[0] is not cos
+    assert rotary_tables(table, 1.0, base=300.0, interleaved=interleaved)[0] is cos

@@ -111,6 +111,28 @@ def test_zaya_settings_survive_the_command_line(tmp_path, section, expected):
         ({"zaya": {}, "megatron": {"hybrid-layer-pattern": "*-*-", "num-experts": None}}, "zaya with hybrid"),
         ({"megatron": {"zaya-skip-class": True}}, "zaya-skip-class: is a setting of the section zaya"),
         ({"cca": {"window_rotary_base": 100}}, "no layer has a window"),
+        (
+            {
+                "zaya": {},
+                "megatron": {
+                    "pipeline-model-parallel-size": 2,
+                    "pipeline-model-parallel-layout": "Ett|L",
+                },
+                "launch": {"gpus_per_node": 2},
+            },
+            "a layout with a 't' in every part works",
+        ),
+        (
+            {
+                "megatron": {
+                    "padded-vocab-size": 65,
+                    "tensor-model-parallel-size": 2,
+                    "sequence-parallel": True,
+                },
+                "launch": {"gpus_per_node": 2},
+            },
+            "padded_vocab_size=66 works",
+        ),
     ],
     ids=str,
 )
