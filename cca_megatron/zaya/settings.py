@@ -1,5 +1,6 @@
 """``ZayaSettings``, and the rules that it and the Megatron settings must meet together."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -178,13 +179,20 @@ def _router_rules(config: Any) -> _Rules:
     ]
 
 
+def _stages(layout: str) -> list[str]:
+    """The parts of Megatron's notation, such as ``Ett|(tt|)*2L``, one for each stage and chunk."""
+    written_out = re.sub(r"\(([^()]*)\)\*(\d+)", lambda m: m[1] * int(m[2]), layout)
+    return written_out.split("|")
+
+
 def _averaging_rules(config: Any) -> _Rules:
     def given(name: str, default: Any = None) -> Any:
         return getattr(config, name, default)
 
     stages = given("pipeline_model_parallel_size", 1)
     layout = given("pipeline_model_parallel_layout")
-    empty = [part for part in str(layout).split("|") if "t" not in part] if isinstance(layout, str) else []
+    is_given = isinstance(layout, str)  # later Megatron has made something else of it
+    empty = is_given and any("t" not in stage for stage in _stages(layout))
     splits = [
         name
         for name in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")

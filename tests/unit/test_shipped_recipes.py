@@ -124,6 +124,17 @@ def test_zaya_settings_survive_the_command_line(tmp_path, section, expected):
         ),
         (
             {
+                "zaya": {},
+                "megatron": {
+                    "pipeline-model-parallel-size": 4,
+                    "pipeline-model-parallel-layout": "E|(t|)*2L",
+                },
+                "launch": {"gpus_per_node": 4},
+            },
+            "a layout with a 't' in every part works",
+        ),
+        (
+            {
                 "megatron": {
                     "padded-vocab-size": 65,
                     "tensor-model-parallel-size": 2,
@@ -142,6 +153,14 @@ def test_mistakes_are_named(tmp_path, change, message):
         content.setdefault(section, {}).update(settings)
     with pytest.raises(RecipeError, match=message):
         build_command(load_recipe(written(tmp_path / "r.yaml", yaml.safe_dump(content)), []), "cpu")
+
+
+def test_a_layout_with_layers_in_every_stage_can_run(tmp_path):
+    settings = ["pipeline-model-parallel-size=4", "pipeline-model-parallel-layout=Et|(t|)*2tL"]
+    overrides = [f"megatron.{setting}" for setting in settings]
+    overrides += ["model.num-layers=4", "launch.gpus_per_node=4"]
+    recipe = load_recipe(written(tmp_path / "r.yaml", BASE + "zaya: {}\n"), overrides)
+    assert build_command(recipe, "cpu").args.pipeline_model_parallel_size == 4
 
 
 def test_fp32_weights_need_no_fp32_residual(tmp_path):
