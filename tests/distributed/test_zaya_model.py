@@ -149,7 +149,15 @@ def test_a_mistake_is_noticed(monkeypatch, layout, mistake):
         zaya.ZayaPair(skip_output="input").compare(layout, torch.float64, BOUND)
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, etp=2), Layout(tp=2, ep=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=2, etp=2),
+        pytest.param(Layout(tp=2), marks=pytest.mark.long),
+        pytest.param(Layout(tp=2, ep=2), marks=pytest.mark.long),
+    ],
+    ids=str,
+)
 def test_generation_under_tensor_parallelism(layout):
     """Greedy tokens are those of one process of transformers, which this one is too."""
     model = zaya.random_zaya(torch.float32).eval()
