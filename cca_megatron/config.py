@@ -67,11 +67,16 @@ class CCAConfig:
         Raises:
             ValueError: a name is unknown; the message has the nearest known one.
         """
-        known = [field.name for field in fields(cls)]
-        for name in settings:
-            if name not in known:
-                raise ValueError(unknown_name("CCA setting", name, known))
+        check_names("CCA setting", settings, cls)
         return cls(**settings)
+
+
+def check_names(kind: str, settings: Mapping[str, Any], of: Any) -> None:
+    """Raise ValueError if a name is no field of the dataclass ``of``."""
+    known = [field.name for field in fields(of)]
+    for name in settings:
+        if name not in known:
+            raise ValueError(unknown_name(kind, name, known))
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> str:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cca_megatron.training.progress import byte_bar
 
 if TYPE_CHECKING:
     import torch
 
     from cca_megatron.config import CCAConfig
     from cca_megatron.hf.convert import Conversion
-    from cca_megatron.hf.convert import Progress as Report
     from cca_megatron.training.device import Device
 
 app = typer.Typer(no_args_is_help=True, help="Convert ZAYA1 checkpoints from and to Hugging Face's format.")
@@ -45,7 +45,7 @@ def from_hf(
     """
     from cca_megatron.hf.convert import hf_to_megatron
 
-    with _failures(), _bar("converting") as report:
+    with _failures(), byte_bar(console, "converting") as report:
         arguments = partial(_arguments, load_megatron())
         conversion = hf_to_megatron(source, target, arguments, verify, report)
     _show(conversion, target)
@@ -74,7 +74,7 @@ def to_hf(
     from cca_megatron.training.arguments import cca_config_from_args
     from cca_megatron.training.checkpoint import open_checkpoint
 
-    with _failures(), _bar("converting") as report:
+    with _failures(), byte_bar(console, "converting") as report:
         load_megatron()
         directory, args = open_checkpoint(source, step)
         cca = cca_config_from_args(args)
@@ -132,21 +132,6 @@ def _arguments(
         zaya=zaya_settings(settings),
     )
     return build_command(recipe, device).args
-
-
-@contextmanager
-def _bar(text: str) -> Iterator["Report"]:
-    with Progress(
-        TextColumn(text),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager

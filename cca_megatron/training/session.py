@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cca_megatron.data.prepare import Manifest, dataset_files, prepare, read_manifest
 from cca_megatron.doctor import missing_build_tools
@@ -14,7 +13,7 @@ from cca_megatron.training import expert_load, launch, report
 from cca_megatron.training.checkpoint import latest_iteration
 from cca_megatron.training.command import Command, build_command, check_data, program
 from cca_megatron.training.device import Device, describe, select_device
-from cca_megatron.training.progress import LiveBar
+from cca_megatron.training.progress import LiveBar, byte_bar
 from cca_megatron.training.recipe import Recipe, RecipeError, load_recipe
 
 
@@ -146,23 +145,8 @@ def prepare_data(
     console: Console, inputs: list[str], prefix: str, tokenizer: str, **options: object
 ) -> Manifest:
     """Make a dataset with a progress bar, and say what came of it."""
-    with Progress(
-        TextColumn("preparing data"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task("", total=None)
-        manifest = prepare(
-            inputs,
-            prefix,
-            tokenizer,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            **options,  # type: ignore[arg-type]
-        )
+    with byte_bar(console, "preparing data") as progress:
+        manifest = prepare(inputs, prefix, tokenizer, progress=progress, **options)  # type: ignore[arg-type]
     skipped = ", ".join(f"{count} {reason}" for reason, count in manifest.skipped.items())
     plural = "" if manifest.documents == 1 else "s"
     console.print(

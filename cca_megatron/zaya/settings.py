@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from cca_megatron.config import unknown_name
+from cca_megatron.config import check_names
 
 RouterKind = Literal["mlp", "linear"]
 SkipOutput = Literal["zero", "input"]
@@ -55,10 +55,7 @@ class ZayaSettings:
         Raises:
             ValueError: a name is unknown; the message has the nearest known one.
         """
-        known = [field.name for field in fields(cls)]
-        for name in settings:
-            if name not in known:
-                raise ValueError(unknown_name("ZAYA setting", name, known))
+        check_names("ZAYA setting", settings, cls)
         return cls(**settings)
 
 
