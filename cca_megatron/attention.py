@@ -29,8 +29,9 @@ from cca_megatron._compat import (
     off_interface,
     tensor_parallel,
 )
+from cca_megatron.cached_attention import cached_attention, check_context
 from cca_megatron.config import CCAConfig, check_config
-from cca_megatron.inference.attention import cached_attention, check_context
+from cca_megatron.generation_cache import LayerCache, step_of
 from cca_megatron.mix_parameters import GroupShare, gradients_summed, new_parameter, sharded_parameters
 from cca_megatron.parallel.context import ContextShard
 from cca_megatron.parallel.core_attention import LocalCoreAttention
@@ -156,7 +157,7 @@ class CCASelfAttention(SelfAttention):
         """
         context = deprecate_inference_params(inference_context, inference_params)
         if context is not None:
-            check_context(self, context, packed_seq_params)
+            check_context(self.config, context, packed_seq_params)
         if self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]:
             rotary_pos_emb = None
         # Self-attention has one table for queries and keys; Megatron may pass it twice.
@@ -171,7 +172,7 @@ class CCASelfAttention(SelfAttention):
         mixed = qkv_manager.group_offload(mixed, forced_released_tensors=[])
         nvtx_range_pop(suffix="qkv")
         if context is not None:
-            return self.linear_proj(cached_attention(self, mixed, context, angles))
+            return self.linear_proj(self._attend_cached(mixed, context, angles))
 
         nvtx_range_push(suffix="cca_mix")
         mix = self._mix_function(angles, packed_seq_params, tokens=mixed.shape[0])
@@ -219,6 +220,28 @@ class CCASelfAttention(SelfAttention):
             ),
         )
 
+    def _attend_cached(self, mixed: Tensor, context: BaseInferenceContext, angles: Tensor | None) -> Tensor:
+        step = step_of(context, mixed.shape[0], mixed.device)
+        return cached_attention(
+            mixed,
+            self._own_weights(),
+            self._mix_options,
+            None if angles is None else self._rotary(angles, step, lambda: step.positions),
+            step,
+            LayerCache(context, self.layer_number),
+            self.window,
+            self.config.softmax_scale,
+        )
+
+    def _own_weights(self) -> MixWeights:
+        return MixWeights._make(getattr(self, name) for name in MixWeights._fields)
+
+    def _rotary(
+        self, angles: Tensor, owner: Any, positions: Callable[[], Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        scale, interleaved = self._yarn_concentration_factor, self.config.rotary_interleaved
+        return rotary_tables(angles, scale, owner, positions, self.rotary_base, interleaved)
+
     def _mix_function(
         self,
         angles: Tensor | None,
@@ -241,17 +264,8 @@ class CCASelfAttention(SelfAttention):
             rotary = None
             if angles is not None:
                 counted = None if cu_seqlens is None else positions
-                scale = self._yarn_concentration_factor
-                rotary = rotary_tables(
-                    angles,
-                    scale,
-                    packed_seq_params,
-                    counted,
-                    self.rotary_base,
-                    self.config.rotary_interleaved,
-                )
-            own = MixWeights._make(getattr(self, name) for name in MixWeights._fields)
-            weights = gradients_summed(own, self.group_share)
+                rotary = self._rotary(angles, packed_seq_params, counted)
+            weights = gradients_summed(self._own_weights(), self.group_share)
             resets = self.cca.reset_at_document_start
             if shard is None:
                 starts = cu_seqlens if resets else None

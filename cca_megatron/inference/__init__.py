@@ -1,1 +1,1 @@
-"""Generation with a cache: keys, values, and the few rows that convs and value shift look back to."""
+"""Generation: from a checkpoint and prompts to continuations."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cca_megatron._compat import GPTModel, InferenceMode
-from cca_megatron.inference.cache import GenerationContext
+from cca_megatron.generation_cache import GenerationContext
 
 
 @dataclass(frozen=True)

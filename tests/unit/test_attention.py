@@ -328,8 +328,17 @@ def test_clip_qk_refuses_what_it_cannot_do():
 
 def test_what_it_does_not_do_is_refused_by_name():
     module, x = attention(), hidden_states()
-    with pytest.raises(NotImplementedError, match="inference context"):
-        module(x, None, inference_context=StaticInferenceContext(2, 16))
+    context = StaticInferenceContext(2, 16)
+    with pytest.raises(NotImplementedError, match="no packed documents"):
+        module(x, None, inference_context=context, packed_seq_params=PackedSeqParams(qkv_format="thd"))
+    context.batch_size_offset = 1
+    with pytest.raises(NotImplementedError, match="no batch_size_offset; a batch at once works"):
+        module(x, None, inference_context=context)
+    context.is_static_batching = lambda: False
+    with pytest.raises(NotImplementedError, match="dynamic batching; StaticInferenceContext works"):
+        module(x, None, inference_context=context)
+    with pytest.raises(ValueError, match="holds 2 sequences of 4 tokens; .* are wanted: make it larger"):
+        run(module, x, inference_context=StaticInferenceContext(2, 4))
     with pytest.raises(NotImplementedError, match="call the module"):
         module.get_query_key_value_tensors(x)
     with pytest.raises(ValueError, match="qkv_format='sbhd'"):

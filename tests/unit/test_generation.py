@@ -9,8 +9,8 @@ from support.megatron import Layout, gpt_model, microbatches, parallel, randomiz
 zaya = pytest.importorskip("support.zaya_model", reason="transformers >= 5.23 is not installed")
 
 from cca_megatron._compat import InferenceMode  # noqa: E402
+from cca_megatron.generation_cache import GenerationContext  # noqa: E402
 from cca_megatron.hf import load_hf_state_dict  # noqa: E402
-from cca_megatron.inference.cache import GenerationContext  # noqa: E402
 from cca_megatron.inference.generate import Sampling, generate, unpadded  # noqa: E402
 from cca_megatron.specs import cca_decoder_block_spec  # noqa: E402
 
@@ -85,7 +85,7 @@ def test_cached_logits_equal_those_of_the_whole_sequence(models, chunks, context
 @pytest.mark.parametrize("forgotten", ["latents", "value"])
 def test_a_forgotten_row_is_noticed(models, forgotten, monkeypatch):
     """Without the rows that convs or the value shift look back to, the logits are others."""
-    from cca_megatron.inference.cache import LayerCache
+    from cca_megatron.generation_cache import LayerCache
 
     boundary = LayerCache.boundary
 

@@ -1,4 +1,7 @@
-"""What one layer keeps between the calls of a generation, in Megatron's static inference context."""
+"""What a layer keeps between the calls of a generation, in Megatron's static inference context.
+
+Keys and values of every token, and the few rows that convs and value shift look back to.
+"""
 
 from dataclasses import dataclass
 from typing import Any
