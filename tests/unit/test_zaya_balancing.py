@@ -161,6 +161,7 @@ def test_every_part_can_be_off(off):
             "expert_bias=True",
         ),
         ({"moe_expert_capacity_factor": 1.0}, {}, "moe_expert_capacity_factor=1.0"),
+        ({"fused_residual_rmsnorm": True}, {}, "fused_residual_rmsnorm=True"),
         ({"mlp_chunks_for_training": 2}, {}, "mlp_chunks_for_training=2 with depth_averaging"),
     ],
     ids=lambda x: "" if isinstance(x, dict) else str(x)[:30],
