@@ -79,8 +79,8 @@ def zaya_problems(config: Any, zaya: ZayaSettings) -> list[str]:
     problems = _own_problems(zaya)
     if getattr(config, "fused_residual_rmsnorm", False):
         problems.append(
-            "fused_residual_rmsnorm=True: the norm then hands on its input, cast to the weights' dtype, as the "
-            "residual stream; False works"
+            "fused_residual_rmsnorm=True: the norm then hands its cast input on as the residual stream; "
+            "fused_residual_rmsnorm=False works"
         )
     if problems or not zaya.has_mlp_router:
         return problems
