@@ -51,9 +51,7 @@ def zaya_model(
     }
     fields |= {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
     if "window_size" in settings:
-        # The one way that has windows under context parallelism, with Transformer Engine and without.
-        is_local = transformer.get("transformer_impl") == "local"
-        fields["cp_comm_type"] = "a2a" if is_local else "all_gather"
+        fields["cp_comm_type"] = "all_gather"  # where Transformer Engine has windows, too
     config = TransformerConfig(**(fields | transformer))
     at = {"ignore_virtual": False, "vp_stage": vp_stage}
     unit = config.tensor_model_parallel_size

@@ -131,6 +131,8 @@ class Merged:
         """Take in the attention of the queries in ``rows`` to one more block of keys."""
         before, into = self.lse[:, :, rows], self.out[:, :, rows]
         after = torch.logaddexp(before, lse)
-        into.mul_((before - after).exp_()[..., None])
-        into.add_(out * (lse - after).exp_()[..., None])
+        # Under a window a query may see none of the keys so far.
+        norm = after.masked_fill(after == -torch.inf, 0)
+        into.mul_((before - norm).exp_()[..., None])
+        into.add_(out * (lse - norm).exp_()[..., None])
         before.copy_(after)

@@ -62,11 +62,12 @@ class ContextShard:
         """[CP * S], the inverse of :attr:`stream_indices`: it puts all ranks' tokens in stream order."""
         return torch.argsort(self.stream_indices)
 
-    def blocks(self, source: int) -> list[Block]:
-        """What this rank's queries attend to among the keys of rank ``source``."""
+    def blocks(self, source: int, window: int | None = None) -> list[Block]:
+        """What this rank's queries attend to among the keys of rank ``source``, within a window if any."""
         if source not in self._blocks:
             self._blocks[source] = self.layout.blocks(self.rank, source)
-        return self._blocks[source]
+        blocks = self._blocks[source]
+        return blocks if window is None else [block for block in blocks if block.nearest <= window]
 
     def mix(
         self,

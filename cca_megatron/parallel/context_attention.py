@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cca_megatron.parallel.attention_blocks import Merged, attend_block, attend_block_backward
 from cca_megatron.parallel.context import ContextShard
+from cca_megatron.parallel.window_blocks import attend_window, attend_window_backward
 
 
 class Exchange:
@@ -119,24 +120,36 @@ _TRANSPORTS: dict[str, type[_Transport]] = {
 class _ContextAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: ContextShard, transport: str, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        shard: ContextShard,
+        transport: str,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         kv = torch.stack([k, v])
         merged = Merged(q)
         for source, (keys, values) in _TRANSPORTS[transport](kv, shard.group).sources():
-            for rows, columns, causal in shard.blocks(source):
-                part = attend_block(q[:, :, rows], keys[:, :, columns], values[:, :, columns], causal, scale)
+            for block in shard.blocks(source, window):
+                rows, columns = block.queries, block.keys
+                here = q[:, :, rows], keys[:, :, columns], values[:, :, columns]
+                if window is None or block.farthest <= window:
+                    part = attend_block(*here, block.causal, scale)
+                else:
+                    part = attend_window(*here, block.offset, window, scale)
                 merged.add(rows, *part)
         out = merged.out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, merged.lse)
-        ctx.settings = shard, transport, scale
+        ctx.settings = shard, transport, scale, window
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         q, k, v, out, lse = ctx.saved_tensors
-        shard, transport, scale = ctx.settings
+        shard, transport, scale, window = ctx.settings
         kv = torch.stack([k, v])
         exchange = _TRANSPORTS[transport](kv, shard.group)
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -145,21 +158,31 @@ class _ContextAttention(torch.autograd.Function):
         def findings() -> Iterator[Tensor]:
             for source, (keys, values) in exchange.sources():
                 dkv = torch.zeros_like(kv, dtype=wide)
-                for rows, columns, causal in shard.blocks(source):
+                for block in shard.blocks(source, window):
+                    rows, columns = block.queries, block.keys
                     g, x, o, norm = (t[:, :, rows] for t in (gradient, q, out, lse))
                     k, v = (t[:, :, columns] for t in (keys, values))
-                    parts = attend_block_backward(g, x, k, v, o, norm, causal, scale)
+                    if window is None or block.farthest <= window:
+                        parts = attend_block_backward(g, x, k, v, o, norm, block.causal, scale)
+                    else:
+                        parts = attend_window_backward(g, x, k, v, o, norm, block.offset, window, scale)
                     dq[:, :, rows] += parts[0]
                     for total, part in zip(dkv, parts[1:], strict=True):
                         total[:, :, columns] += part
                 yield dkv
 
         dk, dv = exchange.gradient(findings()).to(kv.dtype)
-        return dq.to(q.dtype), dk, dv, None, None, None
+        return dq.to(q.dtype), dk, dv, None, None, None, None
 
 
 def context_attention(
-    q: Tensor, k: Tensor, v: Tensor, shard: ContextShard, transport: str, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shard: ContextShard,
+    transport: str,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention within each document, over all ranks of a context-parallel group.
 
@@ -169,9 +192,10 @@ def context_attention(
         shard: which tokens these are.
         transport: ``p2p`` or ``all_gather``.
         scale: factor of the logits.
+        window: tokens to the left that a token sees; None: all.
 
     Returns:
         [B, query heads, S, D]; zero for padding.
     """
-    out: Tensor = _ContextAttention.apply(q, k, v, shard, transport, scale)
+    out: Tensor = _ContextAttention.apply(q, k, v, shard, transport, scale, window)
     return out

@@ -120,7 +120,8 @@ class LocalCoreAttention(MegatronModule):
         else:
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
-            out = context_attention(q, k, v, shard, self.cp_comm_type, scale).permute(2, 0, 1, 3)
+            out = context_attention(q, k, v, shard, self.cp_comm_type, scale, self.window)
+            out = out.permute(2, 0, 1, 3)
         out = out.flatten(2)
         return out if packed_seq_params is None else out.squeeze(1)
 

@@ -58,6 +58,18 @@ class Block(NamedTuple):
     keys: slice
     causal: bool
     """They are the same tokens; otherwise every key comes before every query."""
+    offset: int
+    """By how many tokens the first query comes after the first key."""
+
+    @property
+    def nearest(self) -> int:
+        """Tokens between the query and the key that are closest to each other."""
+        return max(0, self.offset - (self.keys.stop - self.keys.start - 1))
+
+    @property
+    def farthest(self) -> int:
+        """Tokens between the last query and the first key."""
+        return self.offset + self.queries.stop - self.queries.start - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,9 +205,9 @@ class ContextLayout:
         blocks = []
         for i, document in enumerate(queries.document.tolist()):
             for j in by_document.get(document, ()):
-                if keys.position[j] <= queries.position[i]:
-                    is_same = bool(keys.position[j] == queries.position[i])
-                    blocks.append(Block(queries.run(i), keys.run(j), causal=is_same))
+                offset = int(queries.position[i] - keys.position[j])
+                if offset >= 0:
+                    blocks.append(Block(queries.run(i), keys.run(j), causal=offset == 0, offset=offset))
         return blocks
 
 

@@ -93,11 +93,6 @@ def _local_problems(config: Any, comm_type: str) -> list[str]:
             f"attention_dropout={config.attention_dropout} with context_parallel_size={size}: the local "
             "core attention has no dropout there; attention_dropout=0 works"
         )
-    if _has_window(config) and comm_type != "a2a":
-        problems.append(
-            f"window_size={config.window_size} with cp_comm_type={comm_type!r}: the local core attention "
-            "has sliding windows under context parallelism with one way only; cp_comm_type='a2a' works"
-        )
     return problems
 
 

@@ -45,9 +45,18 @@ def test_convs_that_mix_across_documents(packed):
     compare(Layout(cp=2), dataclasses.replace(made, cca=cca))
 
 
+@pytest.mark.parametrize("window", [1, 4, 9])
+@pytest.mark.parametrize("comm_type", COMM_TYPES)
 @pytest.mark.parametrize("packed", ["batch", "stream"])
-def test_sliding_windows(packed):
-    compare(Layout(cp=2), model(packed, {"window_size": (4, 0), "cp_comm_type": "a2a"}))
+def test_sliding_windows(packed, comm_type, window):
+    compare(Layout(cp=2), model(packed, {"window_size": (window, 0), "cp_comm_type": comm_type}))
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("comm_type", COMM_TYPES)
+def test_sliding_windows_over_four_ranks(comm_type):
+    """Chunks shorter than the window, and ranks without a key in it."""
+    compare(Layout(cp=4), model("batch", {"window_size": (3, 0), "cp_comm_type": comm_type}))
 
 
 RECOMPUTE = {
