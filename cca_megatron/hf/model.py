@@ -8,7 +8,7 @@ import torch
 from cca_megatron._compat import GPTModel, TransformerConfig, parallel_state
 from cca_megatron.config import CCAConfig
 from cca_megatron.hf.config import zaya_settings
-from cca_megatron.hf.state_dict import remember_vocabulary
+from cca_megatron.vocabulary import remember_vocabulary
 from cca_megatron.zaya.embedding import hold_padding_embedding
 from cca_megatron.zaya.specs import zaya_decoder_block_spec
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from cca_megatron._compat import ShardedTensor, apply_factories, nested_values, unwrap_model
 from cca_megatron.hf.config import ConversionError
 from cca_megatron.hf.tensors import Shape, Sizes, TensorMap, tensor_maps
+from cca_megatron.vocabulary import known_vocabulary, remember_vocabulary
 from cca_megatron.zaya.layer import ZayaLayer
 
 Model = torch.nn.Module | Sequence[torch.nn.Module]
@@ -48,7 +49,7 @@ def load_hf_state_dict(model: Model, state_dict: Mapping[str, Tensor]) -> None:
             continue
         tensor_map = maps[shard.key]
         whole = tensor_map.join([state_dict[name] for name in tensor_map.hf])
-        part = whole[_place(shard)].to(shard.data.device)
+        part = whole[_Part.of(shard).place].to(shard.data.device)
         shard.data[: part.shape[0]].copy_(part)
         shard.data[part.shape[0] :].zero_()
 
@@ -78,7 +79,7 @@ def export_hf_state_dict(model: Model) -> dict[str, Tensor]:
         for part, rank in owners[tensor_map.megatron]:
             whole[part.place] = _broadcast(own.get(part), part, rank)
         if tensor_map.megatron in _VOCABULARY:
-            whole = whole[: getattr(_chunks(model)[0], _TRUE_VOCABULARY, None)]
+            whole = whole[: known_vocabulary(_chunks(model)[0])]
         exported |= dict(zip(tensor_map.hf, tensor_map.split(whole), strict=True))
     return {name: tensor.contiguous() for name, tensor in exported.items()}
 
@@ -139,21 +140,15 @@ def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], tied: 
         raise ConversionError("the weights are not those of this model:\n  - " + "\n  - ".join(shown))
 
 
-def remember_vocabulary(model: Any, size: int) -> None:
-    """Note on a GPT model how many tokens there are without padding, for the way back."""
-    setattr(model, _TRUE_VOCABULARY, size)
-
-
 def _is_padded(model: Model, tokens: int, rows: int) -> bool:
     """Whether a model with so many rows of embeddings is one of so many tokens."""
-    true = getattr(_chunks(model)[0], _TRUE_VOCABULARY, None)
-    unit = _chunks(model)[0].config.tensor_model_parallel_size * _PADDING_UNIT
+    chunk, *_ = _chunks(model)
+    true, unit = known_vocabulary(chunk), chunk.config.tensor_model_parallel_size * _PADDING_UNIT
     return tokens == true if true is not None else rows - unit < tokens < rows
 
 
 _PADDING_UNIT = 128
 """Megatron pads to a multiple of this and the tensor-parallel size, unless told otherwise."""
-_TRUE_VOCABULARY = "true_vocab_size"
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -178,10 +173,6 @@ class _Part:
         lengths = zip(self.offset[self.prepended :], self.shape, strict=True)
         slices = [slice(start, start + length) for start, length in lengths]
         return (*self.offset[: self.prepended], *slices)
-
-
-def _place(shard: ShardedTensor) -> tuple[int | slice, ...]:
-    return _Part.of(shard).place
 
 
 def _chunks(model: Model) -> list[Any]:

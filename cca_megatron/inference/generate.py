@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cca_megatron._compat import GPTModel, InferenceMode
 from cca_megatron.generation_cache import GenerationContext
+from cca_megatron.vocabulary import known_vocabulary
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def generate(
         max_new_tokens: at most so many for each.
         sampling: None takes the likeliest token.
         stop: a sequence ends with any of these, which is not returned.
-        vocab_size: tokens that may be drawn; a model's embeddings may hold more. None means all.
+        vocab_size: tokens that may be drawn; None means all, without rows that pad the
+            embeddings where that is known (:mod:`cca_megatron.vocabulary`).
         chunk_size: tokens of the prompts that go through the model at once.
         on_token: called with the number of tokens after each.
 
@@ -66,7 +68,8 @@ def generate(
     Raises:
         ValueError: a prompt is empty, or a number is out of its range.
     """
-    _check(prompts, max_new_tokens, chunk_size, vocab_size or model.vocab_size)
+    vocab_size = vocab_size or known_vocabulary(model) or model.vocab_size
+    _check(prompts, max_new_tokens, chunk_size, vocab_size)
     _check_length(model, max(map(len, prompts)) + max_new_tokens)
     sampling = sampling or Sampling()
     device = next(model.parameters()).device

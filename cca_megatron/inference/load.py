@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from cca_megatron._compat import HAVE_TE, GPTModel, ProcessGroupCollection, parallel_state
 from cca_megatron.training.model import CCAModelBuilder, model_config_from_args
+from cca_megatron.vocabulary import remember_vocabulary
 
 # How a run was made fast, which another machine may lack and generation has no use for.
 _OFF = (
@@ -65,4 +66,5 @@ def load_model(directory: Path, args: Namespace, tensor_parallel: int, dtype: to
     model = model.to(dtype).cuda().eval()
     weights = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(directory))["model"]
     model.load_state_dict(weights)
+    remember_vocabulary(model, args.vocab_size or vocab)
     return model

@@ -18,7 +18,7 @@ from cca_megatron.hf import (  # noqa: E402
     zaya_model,
 )
 from cca_megatron.hf.convert import hf_to_megatron  # noqa: E402
-from cca_megatron.inference.generate import generate  # noqa: E402
+from cca_megatron.inference.generate import Sampling, generate  # noqa: E402
 from cca_megatron.training import megatron_fixes  # noqa: E402
 from cca_megatron.zaya.layer import ZayaLayer  # noqa: E402
 from cca_megatron.zaya.router import ZayaRouter  # noqa: E402
@@ -218,3 +218,17 @@ def test_a_padded_vocabulary_comes_back_without_padding(layout):
     assert back["model.embed_tokens.weight"].shape[0] == 97
     for name, tensor in back.items():
         assert torch.equal(tensor, theirs.state_dict()[name]), name
+
+
+def test_rows_that_pad_the_vocabulary_are_never_drawn():
+    theirs = zaya.random_zaya(torch.float32, vocab_size=97)
+    settings, cca = config_from_hf(theirs.config)
+    layout = Layout(tp=2, etp=2)
+    with parallel(layout):
+        local = {"transformer_impl": "local", "use_cpu_initialization": True, "params_dtype": torch.float32}
+        local |= {"gradient_accumulation_fusion": False}
+        model = zaya_model(settings, cca, **layout.settings(), **local)
+        load_hf_state_dict(model, theirs.state_dict())
+        assert model.vocab_size == 98
+        tokens, _ = generate(model.eval(), [[5]] * 8, 100, sampling=Sampling(temperature=100.0))
+    assert max(map(max, tokens)) == 96  # of 800 nearly even draws
