@@ -98,9 +98,13 @@ def _has_flash_kernel(q: Tensor) -> bool:
     return q.dtype in (torch.bfloat16, torch.float16) and dim % 8 == 0 and dim <= 256
 
 
+def rows_at_a_time(q: Tensor, keys: int) -> int:
+    """Queries of q [B, heads, Sq, D] whose logits for so many keys are about as large as q itself."""
+    return max(16, q.shape[2] * q.shape[3] // max(keys, 1))
+
+
 def _slices(q: Tensor, k: Tensor) -> list[slice]:
-    """Queries to take at a time, so that their logits are about as large as q itself."""
-    rows = max(16, q.shape[2] * q.shape[3] // max(k.shape[2], 1))
+    rows = rows_at_a_time(q, k.shape[2])
     return [slice(start, start + rows) for start in range(0, q.shape[2], rows)]
 
 

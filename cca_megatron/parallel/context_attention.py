@@ -135,10 +135,10 @@ class _ContextAttention(torch.autograd.Function):
             for block in shard.blocks(source, window):
                 rows, columns = block.queries, block.keys
                 here = q[:, :, rows], keys[:, :, columns], values[:, :, columns]
-                if window is None or block.farthest <= window:
-                    part = attend_block(*here, block.causal, scale)
-                else:
+                if window is not None and block.is_cut_by(window):
                     part = attend_window(*here, block.offset, window, scale)
+                else:
+                    part = attend_block(*here, block.causal, scale)
                 merged.add(rows, *part)
         out = merged.out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, merged.lse)
@@ -162,10 +162,10 @@ class _ContextAttention(torch.autograd.Function):
                     rows, columns = block.queries, block.keys
                     g, x, o, norm = (t[:, :, rows] for t in (gradient, q, out, lse))
                     k, v = (t[:, :, columns] for t in (keys, values))
-                    if window is None or block.farthest <= window:
-                        parts = attend_block_backward(g, x, k, v, o, norm, block.causal, scale)
-                    else:
+                    if window is not None and block.is_cut_by(window):
                         parts = attend_window_backward(g, x, k, v, o, norm, block.offset, window, scale)
+                    else:
+                        parts = attend_block_backward(g, x, k, v, o, norm, block.causal, scale)
                     dq[:, :, rows] += parts[0]
                     for total, part in zip(dkv, parts[1:], strict=True):
                         total[:, :, columns] += part

@@ -71,6 +71,10 @@ class Block(NamedTuple):
         """Tokens between the last query and the first key."""
         return self.offset + self.queries.stop - self.queries.start - 1
 
+    def is_cut_by(self, window: int) -> bool:
+        """Whether some of the keys before a query are too far for a window of so many tokens before it."""
+        return self.farthest > window
+
 
 @dataclass(frozen=True, eq=False)
 class ContextLayout:

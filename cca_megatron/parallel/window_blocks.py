@@ -1,13 +1,16 @@
 """Attention of a run of queries to a run of keys within a sliding window, forward and backward.
 
 For blocks that the window cuts; the others are those of :mod:`attention_blocks`, with which these merge.
-Plain PyTorch: a window's width of queries at a time, which see twice as many keys at most.
+Plain PyTorch: a window's width of queries at a time, which see twice as many keys at most; fewer where
+their logits would take more memory than the queries.
 """
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from cca_megatron.parallel.attention_blocks import rows_at_a_time
 
 
 def attend_window(
@@ -30,7 +33,7 @@ def attend_window(
     q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     lse = q.new_full(q.shape[:-1], -torch.inf)
-    for rows, columns, hidden in _slices(q.shape[2], k.shape[2], offset, window, q.device):
+    for rows, columns, hidden in _slices(q, k.shape[2], offset, window):
         logits = _logits(q, k, rows, columns, hidden, scale)
         norm = logits.logsumexp(-1, keepdim=True)
         probabilities = (logits - norm.masked_fill(norm == -torch.inf, 0)).exp()
@@ -58,7 +61,7 @@ def attend_window_backward(
     dtype, groups = q.dtype, k.shape[1]
     gradient, q, k, v, out = (x.to(lse.dtype) for x in (gradient, q, k, v, out))
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for rows, columns, hidden in _slices(q.shape[2], k.shape[2], offset, window, q.device):
+    for rows, columns, hidden in _slices(q, k.shape[2], offset, window):
         g, o, x, norm = (t[:, :, rows].unflatten(1, (groups, -1)) for t in (gradient, out, q, lse[..., None]))
         probabilities = (_logits(q, k, rows, columns, hidden, scale) - norm).exp()
         dv[:, :, columns] += (probabilities.transpose(-1, -2) @ g).sum(2)
@@ -69,17 +72,15 @@ def attend_window_backward(
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-def _slices(
-    queries: int, keys: int, offset: int, window: int, device: torch.device
-) -> Iterator[tuple[slice, slice, Tensor]]:
+def _slices(q: Tensor, keys: int, offset: int, window: int) -> Iterator[tuple[slice, slice, Tensor]]:
     """Queries to take at a time, the keys that any of them sees, and which pairs do not see each other."""
-    step = max(window, 16)
+    queries, step = q.shape[2], min(max(window, 16), rows_at_a_time(q, 2 * window))
     for start in range(0, queries, step):
         end = min(start + step, queries)
         first, last = max(0, start + offset - window), min(keys, end + offset)
         if first < last:
-            at = torch.arange(start + offset, end + offset, device=device)[:, None]
-            key = torch.arange(first, last, device=device)
+            at = torch.arange(start + offset, end + offset, device=q.device)[:, None]
+            key = torch.arange(first, last, device=q.device)
             yield slice(start, end), slice(first, last), (key > at) | (key < at - window)
 
 

@@ -14,7 +14,7 @@ QUERIES, GROUPS, DIM = 4, 1, 16  # ZAYA1's ratio of heads
 LIMITS = {"p2p": 0.5, "all_gather": 0.6}
 
 
-def counted(tokens, comm_type, dtype) -> LiveBytes:
+def counted(tokens, comm_type, dtype, window=None) -> LiveBytes:
     """q, k, v, output, what is saved, buffers and all gradients, forward and backward.
 
     ``comm_type`` None is all of it on one rank.
@@ -29,7 +29,7 @@ def counted(tokens, comm_type, dtype) -> LiveBytes:
         if comm_type is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            out = context_attention(q, k, v, shard, comm_type, DIM**-0.5)
+            out = context_attention(q, k, v, shard, comm_type, DIM**-0.5, window)
         out.backward(torch.ones_like(out))
     return live
 
@@ -55,8 +55,9 @@ def test_a_rank_of_four_holds_half_of_one_or_less(comm_type, tokens, dtype, reco
 
 
 @pytest.mark.parametrize("comm_type", LIMITS)
-def test_memory_is_linear_in_the_sequence(comm_type):
-    short, long = (counted(tokens, comm_type, torch.bfloat16) for tokens in (1024, 4096))
+@pytest.mark.parametrize("window", [None, 20, 700], ids=str)
+def test_memory_is_linear_in_the_sequence(comm_type, window):
+    short, long = (counted(tokens, comm_type, torch.bfloat16, window) for tokens in (1024, 4096))
     assert long.peak <= 4 * short.peak
     # No tensor has more rows or columns than heads, channels, fp32 and the ranks' keys explain.
     assert long.largest <= 4096 * QUERIES * DIM * 4
