@@ -21,7 +21,7 @@ _MODEL_SETTINGS = (
     "position_embedding_type", "rotary_percent", "rotary_base", "rotary_interleaved", "no_rope_freq",
     "window_size", "window_attn_skip_freq", "layernorm_zero_centered_gamma", "moe_router_pre_softmax",
     "moe_router_score_function", "moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size",
-    "vocab_size", "tokenizer_type", "zaya",
+    "vocab_size", "tokenizer_type",
 )
 # fmt: on
 # Where nothing is set, these parts are absent; of the others None means that Megatron fills it in later.
@@ -38,12 +38,12 @@ _NOT_IN_WEIGHTS = {
     "temperature_init", "reset_at_document_start", "recompute_mix", "packed_zigzag",
     "balancing_rate", "padding_token",
 }  # fmt: skip
-_OWN_SETTINGS = [
-    f"{prefix}_{f.name}"
+_DEFAULTS: dict[str, Any] = {"zaya": False} | {
+    f"{prefix}_{f.name}": f.default
     for prefix, settings in (("cca", CCAConfig), ("zaya", ZayaSettings))
     for f in fields(settings)
-    if f.name not in _NOT_IN_WEIGHTS
-]
+}
+_OWN_SETTINGS = [name for name in _DEFAULTS if name.partition("_")[2] not in _NOT_IN_WEIGHTS]
 
 
 def latest_iteration(directory: str | Path) -> int | None:
@@ -79,7 +79,7 @@ def open_checkpoint(directory: str | Path, step: int | None = None) -> tuple[Pat
         raise FileNotFoundError(f"no checkpoint{at} in {root.resolve()}")
     if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
         raise ValueError(f"{path.resolve()}: is no distributed checkpoint of Megatron (torch_dist)")
-    args = dist_checkpointing.load_common_state_dict(str(path)).get("args")
+    args = _saved_arguments(path)
     if args is None:
         raise ValueError(f"{path.resolve()}: was saved without the arguments of its run")
     if not hasattr(args, "cca_conv_kernel_sizes"):
@@ -105,10 +105,17 @@ def checkpoint_problems(args: Namespace) -> list[str]:
 
     Settings that Megatron has not completed yet are not compared.
     """
+    from megatron.core import dist_checkpointing
+
     if args.load is None or args.use_checkpoint_args or args.finetune:
         return []
     iteration = args.ckpt_step if args.ckpt_step is not None else latest_iteration(args.load)
-    saved = None if iteration is None else _saved_arguments(args.load, iteration)
+    if iteration is None:
+        return []
+    path = iteration_directory(args.load, iteration)
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+        return []
+    saved = _saved_arguments(path)
     if saved is None:
         return []
     problems = []
@@ -128,14 +135,17 @@ def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _saved_arguments(directory: str | Path, iteration: int) -> Any:
-    """Megatron's arguments of the run that saved this checkpoint; None if they cannot be read."""
+def _saved_arguments(path: Path) -> Namespace | None:
+    """The arguments of the run that saved this distributed checkpoint, or None if it has none.
+
+    Settings of this project that there were not yet have their defaults.
+    """
     from megatron.core import dist_checkpointing
 
-    path = iteration_directory(directory, iteration)
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
-        return None
-    return dist_checkpointing.load_common_state_dict(str(path)).get("args")
+    args: Namespace | None = dist_checkpointing.load_common_state_dict(str(path)).get("args")
+    if hasattr(args, "cca_conv_kernel_sizes"):
+        vars(args).update({**_DEFAULTS, **vars(args)})
+    return args
 
 
 def _is_state(name: str) -> bool:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ zaya = pytest.importorskip("support.zaya_model", reason="transformers >= 5.23 is
 
 from cca_megatron.cli import app  # noqa: E402
 from cca_megatron.hf import ConversionError, config_from_hf, config_to_hf  # noqa: E402
+from cca_megatron.hf.convert import hf_to_megatron  # noqa: E402
 from cca_megatron.hf.distributed_checkpoint import DistributedCheckpoint  # noqa: E402
 from cca_megatron.training.checkpoint import open_checkpoint  # noqa: E402
 
@@ -106,6 +108,16 @@ def test_there_and_back_is_the_identity(hf_folder, tmp_path):
     one, other = (DistributedCheckpoint(open_checkpoint(tmp_path / n)[0]) for n in ("megatron", "again"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_checkpoint_from_before_a_setting_has_its_default(hf_folder, tmp_path):
+    saved = Namespace(cca_conv_kernel_sizes=[3, 2], cca_temperature="exp")
+    hf_to_megatron(hf_folder, tmp_path / "megatron", lambda *_: saved)
+    args = open_checkpoint(tmp_path / "megatron")[1]
+    assert (args.cca_conv_kernel_sizes, args.cca_temperature) == ([3, 2], "exp")
+    assert args.cca_window_rotary_base is None
+    assert args.zaya_balancing_rate == 1e-3
+    assert args.zaya is False
 
 
 def test_transformers_loads_what_was_exported(hf_folder, tmp_path):
