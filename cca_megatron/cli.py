@@ -7,16 +7,16 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from cca_megatron.bench.command import app as bench_app
 from cca_megatron.convert import app as convert_app
 from cca_megatron.generate import generate
+from cca_megatron.terminal import console, fail
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,7 +32,6 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(convert_app, name="convert")
 app.command()(generate)
-console = Console(highlight=False)
 
 
 def main() -> None:
@@ -42,13 +41,6 @@ def main() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # in worker processes too
     logging.disable(logging.WARNING)
     app()
-
-
-def _fail(message: object) -> NoReturn:
-    if isinstance(message, OSError) and message.filename is not None:
-        message = f"{message.strerror}: {Path(message.filename).resolve()}"
-    Console(stderr=True, highlight=False).print(f"error: {message}", markup=False, soft_wrap=True)
-    raise typer.Exit(1)
 
 
 @app.command()
@@ -86,7 +78,7 @@ def train(
         if not session.train(command, device, console):
             raise typer.Exit(130)
     except (RecipeError, DataError, TrainingError, ValueError, OSError) as error:
-        _fail(error)
+        fail(error)
 
 
 @data_app.command("prepare")
@@ -138,7 +130,7 @@ def data_prepare(
         console.print("stopped; nothing was written")
         raise typer.Exit(130) from None
     except (RecipeError, DataError, OSError) as error:
-        _fail(error)
+        fail(error)
 
 
 @app.command()
@@ -159,7 +151,7 @@ def doctor() -> None:
     console.print(table)
     problems = [finding.name for finding in findings if finding.status == "problem"]
     if problems:
-        _fail(f"training cannot work until this is solved: {', '.join(problems)}")
+        fail(f"training cannot work until this is solved: {', '.join(problems)}")
     console.print("training can work here", style="green")
 
 

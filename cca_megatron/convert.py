@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.progress import DownloadColumn
 
-from cca_megatron.training.progress import byte_bar
+from cca_megatron.terminal import console, counted_bar, fail
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from cca_megatron.training.device import Device
 
 app = typer.Typer(no_args_is_help=True, help="Convert ZAYA1 checkpoints from and to Hugging Face's format.")
-console = Console(highlight=False)
 
 _Target = Annotated[Path, typer.Argument(metavar="DST", help="A new folder; it appears when it is complete.")]
 _Verify = Annotated[
@@ -44,9 +43,10 @@ def from_hf(
     time.
     """
     from cca_megatron.hf.convert import hf_to_megatron
+    from cca_megatron.training.session import load_megatron_here
 
-    with _failures(), byte_bar(console, "converting") as report:
-        arguments = partial(_arguments, load_megatron())
+    with _failures(), counted_bar(console, "converting", DownloadColumn()) as report:
+        arguments = partial(_arguments, load_megatron_here())
         conversion = hf_to_megatron(source, target, arguments, verify, report)
     _show(conversion, target)
     console.print(
@@ -73,23 +73,14 @@ def to_hf(
     from cca_megatron.hf.convert import megatron_to_hf
     from cca_megatron.training.arguments import cca_config_from_args
     from cca_megatron.training.checkpoint import open_checkpoint
+    from cca_megatron.training.session import load_megatron_here
 
-    with _failures(), byte_bar(console, "converting") as report:
-        load_megatron()
+    with _failures(), counted_bar(console, "converting", DownloadColumn()) as report:
+        load_megatron_here()
         directory, args = open_checkpoint(source, step)
         cca = cca_config_from_args(args)
         conversion = megatron_to_hf(directory, target, vars(args), cca, verify, report)
     _show(conversion, target)
-
-
-def load_megatron() -> "Device":
-    """Import Megatron for the device of this machine, and say which it is."""
-    from cca_megatron.training import session
-    from cca_megatron.training.device import select_device
-
-    device = select_device()
-    session.load_megatron(device)
-    return device
 
 
 def _arguments(
@@ -143,7 +134,7 @@ def _failures() -> Iterator[None]:
     try:
         yield
     except (ConversionError, RecipeError, OSError, ValueError) as error:
-        _fail(error)
+        fail(error)
     except BaseException as error:
         if not _is_interrupt(error):
             raise
@@ -155,11 +146,6 @@ def _is_interrupt(error: BaseException) -> bool:
     """Ctrl-C, which torch.distributed.checkpoint wraps in an exception of its own, by rank."""
     wrapped = getattr(error, "failures", {}).values()
     return isinstance(error, KeyboardInterrupt) or any(isinstance(e, KeyboardInterrupt) for e, _ in wrapped)
-
-
-def _fail(message: object) -> NoReturn:
-    Console(stderr=True, highlight=False).print(f"error: {message}", markup=False, soft_wrap=True)
-    raise typer.Exit(1)
 
 
 def _show(conversion: "Conversion", target: Path) -> None:

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 
 from cca_megatron.inference.worker import FAILED, Answer, Request, answer
-
-console = Console(highlight=False)
+from cca_megatron.terminal import console, counted_bar, fail
 
 
 def generate(
@@ -51,64 +49,52 @@ def generate(
     attention. For example:
     `cca-megatron generate runs/quickstart/checkpoints --prompt "def main(" --temperature 0.7`.
     """
+    from cca_megatron.training.checkpoint import open_checkpoint
+    from cca_megatron.training.recipe import RecipeError
+    from cca_megatron.training.session import load_megatron_here
+
     try:
-        request = _request(
-            checkpoint, prompt, prompt_file, step, max_new_tokens, tensor_parallel, temperature, top_p,
-            seed, chunk_size, dtype,
-        )  # fmt: skip
+        prompts = _prompts(prompt or [], prompt_file)
+        _check(top_p, dtype)
+        device = load_megatron_here()
+        directory, _ = open_checkpoint(checkpoint, step)
+        request = Request(
+            checkpoint=str(directory),
+            prompts=prompts,
+            max_new_tokens=max_new_tokens,
+            device=device,
+            tensor_parallel=tensor_parallel,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            chunk_size=chunk_size,
+            dtype=dtype,
+        )
         result = _answer(request)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from error
+    except (RecipeError, ValueError, OSError, RuntimeError, AssertionError) as error:
+        fail(error)
     _show(request, result)
 
 
-def _request(
-    checkpoint: Path,
-    prompt: list[str] | None,
-    prompt_file: Path | None,
-    step: int | None,
-    max_new_tokens: int,
-    tensor_parallel: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    chunk_size: int,
-    dtype: str,
-) -> Request:
-    from cca_megatron.convert import load_megatron
-    from cca_megatron.training.checkpoint import open_checkpoint
-
-    prompts = list(prompt or [])
-    if prompt_file is not None:
-        prompts += [line for line in prompt_file.read_text().splitlines() if line]
+def _prompts(given: list[str], file: Path | None) -> list[str]:
+    lines = [] if file is None else [line for line in file.read_text().splitlines() if line]
+    prompts = given + lines
     if not prompts or not all(prompts):
         raise ValueError("no prompt: give --prompt TEXT, which is not empty, or --prompt-file FILE")
+    return prompts
+
+
+def _check(top_p: float, dtype: str) -> None:
     if not 0 < top_p <= 1:
         raise ValueError(f"top-p={top_p}: must lie above 0 and be at most 1; 0.9 works")
     if dtype not in ("auto", "bf16", "fp16", "fp32"):
         raise ValueError(f"dtype={dtype!r}: must be auto, bf16, fp16 or fp32")
-    device = load_megatron()
-    directory, _ = open_checkpoint(checkpoint, step)
-    return Request(
-        checkpoint=str(directory),
-        prompts=prompts,
-        max_new_tokens=max_new_tokens,
-        device=device,
-        tensor_parallel=tensor_parallel,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        chunk_size=chunk_size,
-        dtype=dtype,
-    )
 
 
 def _answer(request: Request) -> Answer:
     if request.tensor_parallel == 1:
-        with _bar(request) as bar:
-            task = bar.add_task("", total=request.max_new_tokens)
-            return answer(request, lambda count: bar.update(task, completed=count))
+        with counted_bar(console, "generating", MofNCompleteColumn()) as report:
+            return answer(request, lambda count: report(count, request.max_new_tokens))
     with tempfile.TemporaryDirectory() as folder, console.status("generating"):
         file = Path(folder) / "answer.json"
         command = [
@@ -121,18 +107,6 @@ def _answer(request: Request) -> Answer:
             reasons = result.stderr.split(FAILED)[1:]  # of one or more ranks
             raise RuntimeError(reasons[0].strip() if reasons else f"a process failed:\n{result.stderr}")
         return Answer(**json.loads(file.read_text()))
-
-
-def _bar(request: Request) -> Progress:
-    return Progress(
-        TextColumn("generating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def _show(request: Request, result: Answer) -> None:

@@ -4,19 +4,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cca_megatron.bench.results import FOLDER, Event, Result, describe, read_all
+from cca_megatron.terminal import console, fail
 
 if TYPE_CHECKING:
     import torch
 
 app = typer.Typer(no_args_is_help=True, help="Measure the fused kernels on a GPU.")
-console = Console(highlight=False)
 
 Quick = Annotated[
     bool, typer.Option("--quick", help="4,096 and 16,384 tokens alone; of blocks those of one width.")
@@ -27,16 +26,11 @@ Minutes = Annotated[
 Output = Annotated[Path, typer.Option(help="Folder for the result file.")]
 
 
-def _fail(message: object, status: int) -> NoReturn:
-    Console(stderr=True, highlight=False).print(f"error: {message}", markup=False, soft_wrap=True)
-    raise typer.Exit(status)
-
-
 def _gpu(command: str) -> "torch.device":
     import torch
 
     if not torch.cuda.is_available():
-        _fail(
+        fail(
             f"cca-megatron bench {command} needs a CUDA GPU, and PyTorch sees none here; "
             "make test checks the kernels without one",
             2,
@@ -93,7 +87,7 @@ def _tune(head_dim: int, device: "torch.device") -> None:
                 report=lambda line: console.print(line, markup=False, soft_wrap=True),
             )
     except RuntimeError as error:
-        _fail(error, 1)
+        fail(error)
     arch = 10 * torch.cuda.get_device_capability(device)[0]
     console.print(f"\nTABLE[{arch}, {dtype.itemsize}, {head_dim}] = {config}", markup=False, soft_wrap=True)
 
@@ -112,7 +106,7 @@ def bench_block(quick: Quick = False, minutes: Minutes = None, output: Output = 
     try:
         core = attention.choose_core(device, torch.bfloat16)
     except RuntimeError as error:
-        _fail(error, 1)
+        fail(error)
     timer = measure.CudaTimer()
     result = Result("block", machine.facts(), asdict(measure.measure_ceilings(timer, device)))
     lengths = shapes.QUICK_TOKENS if quick else shapes.ALL_TOKENS
@@ -185,5 +179,5 @@ def bench_report(
             console.print(f"plotted {path}", markup=False, soft_wrap=True)
         report.update_readme(readme, results)
     except (OSError, ValueError) as error:
-        _fail(error, 1)
+        fail(error)
     console.print(f"{readme} has the table of {len(found)} result files", markup=False, soft_wrap=True)

@@ -1,14 +1,13 @@
 """What a run says while it trains: Megatron's lines read back, and a live bar made of them."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     Progress,
     TaskID,
     TextColumn,
@@ -20,22 +19,6 @@ _FIELD = re.compile(r"\| ([^|]+?): ([-+.\deE]+|nan|inf) (?=\|)")
 _VALIDATION = re.compile(r"validation loss at iteration (\d+)(?: on (\w+) set)? \| lm loss value: (\S+)")
 _SAVED = re.compile(r"successfully saved checkpoint from iteration\s+(\d+)")
 _LOADED = re.compile(r"successfully loaded checkpoint .* at iteration\s+(\d+)")
-
-
-@contextmanager
-def byte_bar(console: Console, text: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar in bytes for the length of the block, which gets the function to tell (done, total)."""
-    with Progress(
-        TextColumn(text),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,16 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import DownloadColumn
 
 from cca_megatron.data.prepare import Manifest, dataset_files, prepare, read_manifest
 from cca_megatron.doctor import missing_build_tools
+from cca_megatron.terminal import counted_bar
 from cca_megatron.training import expert_load, launch, report
 from cca_megatron.training.checkpoint import latest_iteration
 from cca_megatron.training.command import Command, build_command, check_data, program
 from cca_megatron.training.device import Device, describe, select_device
-from cca_megatron.training.progress import LiveBar, byte_bar
+from cca_megatron.training.progress import LiveBar
 from cca_megatron.training.recipe import Recipe, RecipeError, load_recipe
 
 
@@ -25,8 +27,7 @@ def prepare_command(recipe_path: Path, overrides: list[str]) -> tuple[Command, D
         ValueError: ``CCA_DEVICE`` is wrong.
     """
     recipe = load_recipe(recipe_path, overrides)
-    device = select_device()
-    load_megatron(device)
+    device = load_megatron_here()
     command = build_command(recipe, device)
     if command.args.cca_recompute_mix and (missing := missing_build_tools()):
         raise RecipeError(
@@ -34,6 +35,18 @@ def prepare_command(recipe_path: Path, overrides: list[str]) -> tuple[Command, D
             "cannot be found on the PATH; install it, or cca.recompute_mix=false works"
         )
     return command, device
+
+
+def load_megatron_here() -> Device:
+    """Import Megatron for the device of this machine, and say which it is.
+
+    Raises:
+        RecipeError: it cannot be imported.
+        ValueError: ``CCA_DEVICE`` is wrong.
+    """
+    device = select_device()
+    load_megatron(device)
+    return device
 
 
 def load_megatron(device: Device) -> None:
@@ -145,7 +158,7 @@ def prepare_data(
     console: Console, inputs: list[str], prefix: str, tokenizer: str, **options: object
 ) -> Manifest:
     """Make a dataset with a progress bar, and say what came of it."""
-    with byte_bar(console, "preparing data") as progress:
+    with counted_bar(console, "preparing data", DownloadColumn()) as progress:
         manifest = prepare(inputs, prefix, tokenizer, progress=progress, **options)  # type: ignore[arg-type]
     skipped = ", ".join(f"{count} {reason}" for reason, count in manifest.skipped.items())
     plural = "" if manifest.documents == 1 else "s"

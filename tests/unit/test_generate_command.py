@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 from cca_megatron import generate
 from cca_megatron.cli import app
 from cca_megatron.inference.worker import Answer
+from cca_megatron.training import checkpoint, session
 
 
 @pytest.fixture
@@ -14,7 +15,8 @@ def answers(monkeypatch, tmp_path):
     text = " [bold]:key: x[:key:]\tend"
     result = Answer([text], [7], 1.0, cache_bytes=512, mha_bytes=4096, state_bytes=640)
     monkeypatch.setattr(generate, "_answer", lambda request: result)
-    monkeypatch.setattr(generate, "_request", lambda *given: type("R", (), {"prompts": ["a\tb :key:"]})())
+    monkeypatch.setattr(session, "load_megatron_here", lambda: "cpu")
+    monkeypatch.setattr(checkpoint, "open_checkpoint", lambda folder, step: (folder, None))
     return text
 
 
@@ -23,7 +25,7 @@ def run(*words):
 
 
 def test_text_is_printed_as_it_is(answers):
-    result = run("checkpoint", "--prompt", "any")
+    result = run("checkpoint", "--prompt", "a\tb :key:")
     assert result.exit_code == 0, result.output
     assert "a\tb :key:" + answers + "\n" in result.output
     assert "512 bytes per token, 8 times less than MHA's 4,096" in result.output
