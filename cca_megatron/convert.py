@@ -42,11 +42,12 @@ def from_hf(
     Unknown, missing or misshapen tensors are named before anything is written. A tensor is in memory at a
     time.
     """
-    from cca_megatron.hf.convert import hf_to_megatron
     from cca_megatron.training.session import load_megatron_here
 
     with _failures(), counted_bar(console, "converting", DownloadColumn()) as report:
         arguments = partial(_arguments, load_megatron_here())
+        from cca_megatron.hf.convert import hf_to_megatron
+
         conversion = hf_to_megatron(source, target, arguments, verify, report)
     _show(conversion, target)
     console.print(
@@ -68,15 +69,16 @@ def to_hf(
 ) -> None:
     """Make a folder that transformers, vLLM and SGLang load.
 
-    Shards hold at most 2 GB or one tensor, and one is in memory at a time.
+    Shards hold 2 GB, or one tensor that is larger; no more than one is in memory.
     """
-    from cca_megatron.hf.convert import megatron_to_hf
-    from cca_megatron.training.arguments import cca_config_from_args
-    from cca_megatron.training.checkpoint import open_checkpoint
     from cca_megatron.training.session import load_megatron_here
 
     with _failures(), counted_bar(console, "converting", DownloadColumn()) as report:
         load_megatron_here()
+        from cca_megatron.hf.convert import megatron_to_hf
+        from cca_megatron.training.arguments import cca_config_from_args
+        from cca_megatron.training.checkpoint import open_checkpoint
+
         directory, args = open_checkpoint(source, step)
         cca = cca_config_from_args(args)
         conversion = megatron_to_hf(directory, target, vars(args), cca, verify, report)
@@ -128,12 +130,11 @@ def _arguments(
 @contextmanager
 def _failures() -> Iterator[None]:
     """One line instead of a traceback for what a user can mend."""
-    from cca_megatron.hf.config import ConversionError
     from cca_megatron.training.recipe import RecipeError
 
     try:
         yield
-    except (ConversionError, RecipeError, OSError, ValueError) as error:
+    except (RecipeError, OSError, ValueError) as error:
         fail(error)
     except BaseException as error:
         if not _is_interrupt(error):

@@ -6,6 +6,7 @@ Nothing here needs ``transformers``: a configuration is its ``config.json``, or 
 from collections.abc import Mapping
 from typing import Any
 
+from cca_megatron._compat import is_layer_window_attention
 from cca_megatron.config import CCAConfig
 from cca_megatron.zaya.settings import ZayaSettings
 
@@ -14,7 +15,7 @@ FULL, SLIDING = "hybrid", "hybrid_sliding"
 _ARCHITECTURE = "ZayaForCausalLM"
 
 
-class ConversionError(Exception):
+class ConversionError(ValueError):
     """Weights or a configuration that cannot be converted; the message says which and why."""
 
 
@@ -108,10 +109,10 @@ def config_to_hf(settings: Mapping[str, Any], cca: CCAConfig) -> dict[str, Any]:
     _refuse_megatron(settings, cca, zaya)
     layers, base = settings["num_layers"], settings["rotary_base"]
     window, pattern = settings.get("window_size"), settings.get("window_attn_skip_freq")
-    if not window:
-        kinds = [FULL] * layers
-    else:
-        kinds = [SLIDING if sliding else FULL for sliding in _window_layers(pattern, layers)]
+    kinds = [
+        SLIDING if is_layer_window_attention(window, pattern, number) else FULL
+        for number in range(1, layers + 1)
+    ]
     bases = {FULL: base, SLIDING: cca.window_rotary_base or base}
     ropes = {
         kind: {
@@ -232,15 +233,6 @@ def _rope_parameters(config: Mapping[str, Any], kinds: list[str]) -> dict[str, d
     if len(widths) > 1:
         raise ConversionError(f"rope_parameters: partial_rotary_factor differs between layers: {widths}")
     return ropes
-
-
-def _window_layers(pattern: Any, layers: int) -> list[bool]:
-    """For every layer, whether it has a window; Megatron's rule."""
-    if pattern is None:
-        return [True] * layers
-    if isinstance(pattern, int):
-        return [number % pattern != 0 for number in range(1, layers + 1)]
-    return [bool(one) for one in pattern]
 
 
 def _refuse_megatron(settings: Mapping[str, Any], cca: CCAConfig, zaya: ZayaSettings) -> None:

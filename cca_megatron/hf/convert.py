@@ -28,7 +28,7 @@ from cca_megatron.hf.first_release import (
     old_shapes,
 )
 from cca_megatron.hf.safetensors_folder import CONFIG, SafetensorsFolder, read_config, write_shards
-from cca_megatron.hf.state_dict import check_names, check_shapes
+from cca_megatron.hf.state_dict import VOCABULARY, check_names, check_shapes
 from cca_megatron.hf.tensors import (
     Shape,
     Sizes,
@@ -119,8 +119,7 @@ def hf_to_megatron(
     maps = {m.megatron: m for m in tensor_maps(release.sizes)}
     dtypes = _dtypes(release, maps)
     states = balancing_states(release.sizes)
-    tensors: dict[str, tuple[Shape, torch.dtype]] = {k: (m.shape, dtypes[k]) for k, m in maps.items()}
-    tensors |= {key: (shape, torch.float32) for key, shape in states.items()}
+    tensors = {key: (m.shape, dtypes[key]) for key, m in maps.items()}
     counter = _Counter(tensors, 1 + verify, progress)
 
     def make(key: str) -> Tensor:
@@ -145,7 +144,8 @@ def hf_to_megatron(
             ShardedObject(key, None, (parts,), (part,)).unique_key
             for key, part, parts in extra_states(release.sizes)
         ]
-        write_checkpoint(checkpoint, tensors, make, common, objects)
+        everything = tensors | {key: (shape, torch.float32) for key, shape in states.items()}
+        write_checkpoint(checkpoint, everything, make, common, objects)
         (folder / _TRACKER).write_text(RELEASE)
         # Which tokens are special, for the way back.
         shutil.copy2(source / CONFIG, folder / SOURCE_CONFIG)
@@ -184,7 +184,7 @@ def megatron_to_hf(
     sizes = Sizes.of_config(config)
     checkpoint = DistributedCheckpoint(source)
     maps = tensor_maps(sizes)
-    _check_checkpoint(checkpoint, maps)
+    check_shapes(_unpadded_shapes(checkpoint, sizes), {m.megatron: m.shape for m in maps}, tied=False)
     tensors = {m.megatron: (m.shape, checkpoint.dtype(m.megatron)) for m in maps}
     counter = _Counter(tensors, 1 + verify, progress)
 
@@ -230,25 +230,13 @@ def _dtypes(release: _Release, maps: Mapping[str, TensorMap]) -> dict[str, torch
     return {key: release.tensors[next(iter(m.hf))].dtype for key, m in maps.items()}
 
 
-def _check_checkpoint(checkpoint: DistributedCheckpoint, maps: list[TensorMap]) -> None:
-    problems = []
-    for tensor_map in maps:
-        key, wanted = tensor_map.megatron, tensor_map.shape
-        if key not in checkpoint:
-            problems.append(f"{key}: is missing")
-            continue
-        found = checkpoint.shape(key)
-        is_padded = "embedding." in key or "output_layer." in key
-        fits = found[1:] == wanted[1:] and (found[0] == wanted[0] or (is_padded and found[0] > wanted[0]))
-        if not fits:
-            problems.append(f"{key}: has shape {list(found)}, and must have {list(wanted)}")
-    known = {m.megatron for m in maps}
-    problems += [
-        f"{key}: is not known" for key in checkpoint if key not in known and ".balancing_" not in key
-    ]
-    if problems:
-        shown = problems[:20] + [f"and {len(problems) - 20} more"] * (len(problems) > 20)
-        raise ConversionError("the checkpoint is not of this model:\n  - " + "\n  - ".join(shown))
+def _unpadded_shapes(checkpoint: DistributedCheckpoint, sizes: Sizes) -> dict[str, Shape]:
+    """Of the weights, with as many tokens as the model knows where the vocabulary is padded to more."""
+    shapes = {key: checkpoint.shape(key) for key in checkpoint.keys() - balancing_states(sizes)}
+    for key in VOCABULARY & shapes.keys():
+        rows, *rest = shapes[key]
+        shapes[key] = (min(rows, sizes.vocab), *rest)
+    return shapes
 
 
 def _compare(triples: Any) -> None:
@@ -340,14 +328,13 @@ def _manifest(
     tensors: Mapping[str, tuple[Shape, torch.dtype]],
     verified: bool,
 ) -> Conversion:
-    weights = {k: v for k, v in tensors.items() if ".balancing_" not in k}
     conversion = Conversion(
         source=str(source.resolve()),
         direction=direction,
         style=style,
-        tensors=len(weights),
-        parameters=sum(torch.Size(shape).numel() for shape, _ in weights.values()),
-        bytes=_bytes(weights),
+        tensors=len(tensors),
+        parameters=sum(torch.Size(shape).numel() for shape, _ in tensors.values()),
+        bytes=_bytes(tensors),
         verified=verified,
     )
     versions = {name: version(name) for name in ("cca-megatron", "megatron-core", "torch", "safetensors")}

@@ -78,7 +78,7 @@ def export_hf_state_dict(model: Model) -> dict[str, Tensor]:
         whole = torch.empty(tensor_map.shape, dtype=owners[tensor_map.megatron][0][0].dtype)
         for part, rank in owners[tensor_map.megatron]:
             whole[part.place] = _broadcast(own.get(part), part, rank)
-        if tensor_map.megatron in _VOCABULARY:
+        if tensor_map.megatron in VOCABULARY:
             whole = whole[: known_vocabulary(_chunks(model)[0])]
         exported |= dict(zip(tensor_map.hf, tensor_map.split(whole), strict=True))
     return {name: tensor.contiguous() for name, tensor in exported.items()}
@@ -149,7 +149,8 @@ def _is_padded(model: Model, tokens: int, rows: int) -> bool:
 
 _PADDING_UNIT = 128
 """Megatron pads to a multiple of this and the tensor-parallel size, unless told otherwise."""
-_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+VOCABULARY = {"embedding.word_embeddings.weight", "output_layer.weight"}
+"""Megatron's names of the tensors whose rows are tokens."""
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,13 @@ def test_a_broken_transformer_engine_is_explained(trained, tmp_path):
     package = tmp_path / "transformer_engine"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('no CUDA library')")
-    for arguments in (("train", path), ("data", "prepare", "a.txt", "--output", "d", "--tokenizer", "bytes")):
+    for arguments in (
+        ("train", path),
+        ("data", "prepare", "a.txt", "--output", "d", "--tokenizer", "bytes"),
+        ("convert", "hf-to-megatron", ".", "new"),
+        ("convert", "megatron-to-hf", ".", "new"),
+        ("generate", ".", "--prompt", "a"),
+    ):
         run = cca_megatron(folder, *arguments, PYTHONPATH=str(tmp_path))
         assert run.returncode == 1
         assert "Megatron cannot be imported: no CUDA library. cca-megatron doctor says" in run.stderr

@@ -103,6 +103,10 @@ def test_there_and_back_is_the_identity(hf_folder, tmp_path):
     for name, tensor in expected.items():
         assert got[name].dtype == tensor.dtype, name
         assert torch.equal(got[name], tensor), name
+    for folder in ("megatron", "back"):
+        manifest = json.loads((tmp_path / folder / "conversion.json").read_text())
+        assert manifest["parameters"] == sum(x.numel() for x in expected.values())
+        assert manifest["bytes"] == sum(x.nbytes for x in expected.values())
     again = run("hf-to-megatron", tmp_path / "back", tmp_path / "again")
     assert again.exit_code == 0, again.output
     one, other = (DistributedCheckpoint(open_checkpoint(tmp_path / n)[0]) for n in ("megatron", "again"))
