@@ -25,7 +25,7 @@ def finalize_and_log(model: list[torch.nn.Module], *args: Any, **kwargs: Any) ->
     finalize_and_balance(model, *args, **kwargs)
     settings = get_args()
     iteration = settings.curr_iteration + 1
-    if iteration % settings.tensorboard_log_interval:
+    if not settings.tensorboard_dir or iteration % settings.tensorboard_log_interval:
         return
     classes = settings.num_experts + settings.zaya_skip_class
     shares = torch.zeros(settings.num_layers, classes, device=torch.cuda.current_device())
