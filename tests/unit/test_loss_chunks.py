@@ -62,7 +62,7 @@ def test_megatrons_fused_loss_in_chunks():
 
 
 def test_many_chunks_round_no_more_than_one():
-    """In bf16 a sum of 32 parts, each rounded, would be several times as far from fp64."""
+    """In bf16 the sum of 16 parts, rounded with every addition, would be further from fp64."""
     weight = "gradient of output_layer.weight"
     exact = computed(ONE, None, dtype=torch.float64)[weight]
     for ddp in ({"grad_reduce_in_fp32": True}, {}):
@@ -70,7 +70,7 @@ def test_many_chunks_round_no_more_than_one():
             relative_error(exact, computed(ONE, size, dtype=torch.bfloat16, ddp=ddp)[weight])
             for size in (None, 2)
         ]
-        assert errors[1] <= 1.05 * errors[0]
+        assert errors[1] <= 1.02 * errors[0]
 
 
 def test_a_frozen_output_weight():
@@ -130,7 +130,7 @@ def live_bytes(tokens: int, vocabulary: int, hidden: int, chunk_size: int | None
         language = LanguageModule(config)
         states = torch.randn(tokens, 1, hidden).requires_grad_()
         labels = torch.randint(0, vocabulary, (1, tokens))
-        with LiveBytes() as live:
+        with LiveBytes(made_before=[states, layer.weight, layer.weight.main_grad]) as live:
             if chunk_size is None:
                 losses = language.compute_language_model_loss(labels, layer(states)[0])
             else:
