@@ -3,7 +3,7 @@
     python benchmarks/loss_memory.py --json benchmarks/results/memory/loss.json --plot docs/loss_memory.png
 
 runs Megatron's output layer and loss forward and backward under its data parallelism, each case in a process
-of its own. What a process holds before its first product (libraries, weight, main_grad) is subtracted.
+of its own: the peak of its resident memory beside what it holds before (libraries, weight, main_grad, input).
 """
 
 import argparse
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from own_process import facts, peak_bytes, write
+from own_process import PeakBytes, facts, peak_bytes, write
 
 
 def main() -> None:
@@ -29,23 +29,18 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case is not None:
-        print(json.dumps({"seconds": step(args.tokens, args.vocabulary, args.hidden, args.case)}))
+        print(json.dumps(step(args.tokens, args.vocabulary, args.hidden, args.case)))
         return
     sizes = [f"--{name}={getattr(args, name)}" for name in ("tokens", "vocabulary", "hidden")]
-    base, _ = peak_bytes(__file__, *sizes, "--case=nothing")
     rows: list[dict[str, Any]] = []
     for chunk_size in (None, *args.chunk_sizes):
-        peak, output = peak_bytes(__file__, *sizes, f"--case={chunk_size or 'all'}")
-        seconds = json.loads(output.splitlines()[-1])["seconds"]
-        rows.append({"chunk_size": chunk_size, "bytes": peak - base, "seconds": round(seconds, 1)})
-        print(
-            f"{chunk_size or 'all tokens':>10}  {(peak - base) / 1e9:.2f} GB  "
-            f"{rows[0]['bytes'] / rows[-1]['bytes']:.1f}x  {seconds:.1f} s",
-            flush=True,
-        )
+        _, output = peak_bytes(__file__, *sizes, f"--case={chunk_size or 'all'}")
+        row = {"chunk_size": chunk_size, **json.loads(output.splitlines()[-1])}
+        rows.append(row)
+        times, name = rows[0]["bytes"] / row["bytes"], chunk_size or "all tokens"
+        print(f"{name:>10}  {row['bytes'] / 1e9:.2f} GB  {times:.1f}x  {row['seconds']} s", flush=True)
     result = {
         **{name: getattr(args, name) for name in ("tokens", "vocabulary", "hidden")},
-        "base_bytes": base,
         "rows": rows,
         "machine": facts(),
     }
@@ -55,8 +50,8 @@ def main() -> None:
         plot(result, args.plot)
 
 
-def step(tokens: int, vocabulary: int, hidden: int, case: str) -> float:
-    """Seconds of one forward and backward pass: with "all" logits or the size of a chunk; or do "nothing"."""
+def step(tokens: int, vocabulary: int, hidden: int, case: str) -> dict[str, float]:
+    """Peak bytes and seconds of one forward and backward pass, with "all" logits or this size of a chunk."""
     from cca_megatron.training import cpu_backend
 
     cpu_backend.install()
@@ -87,9 +82,8 @@ def step(tokens: int, vocabulary: int, hidden: int, case: str) -> float:
     language = LanguageModule(config)
     states = torch.randn(tokens, 1, hidden, requires_grad=True)
     labels = torch.randint(0, vocabulary, (1, tokens))
-    started = time.perf_counter()
-    if case == "nothing":
-        return 0.0
+    layer.weight.main_grad.zero_()  # it is in memory from the first step on
+    memory, started = PeakBytes(), time.perf_counter()
     if case == "all":
         losses = language.compute_language_model_loss(labels, layer(states)[0])
     else:
@@ -103,7 +97,7 @@ def step(tokens: int, vocabulary: int, hidden: int, case: str) -> float:
             scale_logits=language._scale_logits,
         )
     losses.mean().backward()
-    return time.perf_counter() - started
+    return {"bytes": memory.beside(), "seconds": round(time.perf_counter() - started, 1)}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
