@@ -1,4 +1,4 @@
-"""Peak memory and time of a whole training step on the CPU, with the settings that make long sequences fit.
+"""Peak memory of a whole training step on the CPU, with the settings that make long sequences fit.
 
     python benchmarks/step_memory.py --json benchmarks/results/memory/step.json --plot docs/step_memory.png
 
@@ -8,7 +8,6 @@ trains one step of a small CCA model by the real entry, each case in a process o
 
 import argparse
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +45,13 @@ def main() -> None:
     }
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611", "CCA_DEVICE": "cpu"}
-    base, _ = step(64, args.layers, [])
+    base = step(64, args.layers, [])
     rows: list[dict[str, Any]] = []
     for name, options in cases.items():
-        peak, seconds = step(args.tokens, args.layers, options)
-        rows.append({"case": name.replace("\n", " "), "options": options})
-        rows[-1] |= {"bytes": peak - base, "process_seconds": round(seconds, 1)}
-        print(f"{rows[-1]['case']:<40} {(peak - base) / 1e9:.2f} GB  {seconds:.0f} s", flush=True)
+        peak = step(args.tokens, args.layers, options)
+        row = {"case": name.replace("\n", " "), "options": options, "bytes": peak - base}
+        rows.append(row)
+        print(f"{row['case']:<40} {row['bytes'] / 1e9:.2f} GB", flush=True)
     result = {
         **{name: getattr(args, name) for name in ("tokens", "layers", "chunk_size")},
         "model": MODEL,
@@ -66,13 +65,12 @@ def main() -> None:
         plot(result, list(cases), args.plot)
 
 
-def step(tokens: int, layers: int, options: list[str]) -> tuple[int, float]:
-    """Peak bytes and seconds of a process that trains one step."""
+def step(tokens: int, layers: int, options: list[str]) -> int:
+    """Peak bytes of a process that trains one step."""
     words = ["-m", "cca_megatron.training.pretrain", *MODEL, "--num-layers", str(layers)]
     words += ["--seq-length", str(tokens), "--max-position-embeddings", str(tokens)]
-    started = time.monotonic()
     peak, _ = peak_bytes(*words, *options)
-    return peak, time.monotonic() - started
+    return peak
 
 
 def plot(result: dict[str, Any], names: list[str], path: Path) -> None:
