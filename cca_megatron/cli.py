@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cca_megatron.bench.command import app as bench_app
+from cca_megatron.cluster.command import status, submit
 from cca_megatron.convert import app as convert_app
 from cca_megatron.generate import generate
 from cca_megatron.terminal import console, fail
@@ -32,6 +33,8 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(convert_app, name="convert")
 app.command()(generate)
+app.command()(submit)
+app.command()(status)
 
 
 def main() -> None:

@@ -10,9 +10,12 @@ import os
 import sys
 import time
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 PROGRAM_START = time.time()
 
 
+@record  # an exception goes to torchrun's error file with its time
 def main() -> None:
     """Parse the arguments and train."""
     from cca_megatron.training.device import choose_connections, describe, select_device

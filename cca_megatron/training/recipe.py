@@ -60,6 +60,12 @@ class LaunchSection:
     nodes: int = 1
     gpus_per_node: int = 1
     """Processes per node, one per GPU; on a machine without GPUs, processes on its CPU."""
+    max_restarts: int = 50
+    """On a cluster: how often a job starts its processes again, for whatever reason."""
+    max_stalls: int = 3
+    """On a cluster: how many starts in a row may end without a new checkpoint."""
+    hang_minutes: float = 30.0
+    """On a cluster: how long a rank may make no step, save or evaluate before it is taken to hang."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +129,19 @@ def load_recipe(path: str | Path, overrides: list[str]) -> Recipe:
         RecipeError: the file is missing or malformed, or a name in it is unknown.
     """
     path = Path(path)
+    return dataclasses.replace(_parse(path, resolve(path, overrides)), overrides=tuple(overrides))
+
+
+def resolve(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The sections of a recipe with those that it extends and the overrides in them, as YAML has them.
+
+    Raises:
+        RecipeError: the file is missing or malformed, or an override is.
+    """
     content = _read(path)
     for override in overrides:
         _apply(content, override)
-    return dataclasses.replace(_parse(path, content), overrides=tuple(overrides))
+    return content
 
 
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -279,6 +294,9 @@ def _dataclass_section(kind: type[Any], name: str, content: Mapping[str, Any]) -
                 raise RecipeError(f"data.inputs={value!r}: must be a path or a list of paths")
         elif fields[key].type is int and (type(value) is not int or value < 1):
             raise RecipeError(f"{name}.{key}={value!r}: must be a whole number of at least 1")
+        elif fields[key].type is float:
+            if type(value) not in (int, float) or not value > 0:
+                raise RecipeError(f"{name}.{key}={value!r}: must be a number above 0")
         elif fields[key].type is not int and not isinstance(value, str):
             raise RecipeError(f"{name}.{key}={value!r}: must be text")
     return kind(**section)

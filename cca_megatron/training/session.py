@@ -13,6 +13,7 @@ from cca_megatron.doctor import missing_build_tools
 from cca_megatron.terminal import counted_bar
 from cca_megatron.training import expert_load, launch, report
 from cca_megatron.training.checkpoint import latest_iteration
+from cca_megatron.training.checkpoint_repair import repair
 from cca_megatron.training.command import Command, build_command, check_data, program
 from cca_megatron.training.device import Device, describe, select_device
 from cca_megatron.training.progress import LiveBar
@@ -99,8 +100,12 @@ def train(command: Command, device: Device, console: Console) -> bool:
     recipe = command.recipe
     console.print(describe(device), soft_wrap=True)
     _show_paths(recipe, console)
-    _ensure_data(recipe, console)
+    ensure_data(recipe, console)
     check_data(command)
+    for warning in (
+        [] if recipe.checkpoints is None or not recipe.checkpoints.is_dir() else repair(recipe.checkpoints)
+    ):
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     total = command.args.train_iters
     reached = None if recipe.checkpoints is None else latest_iteration(recipe.checkpoints)
     if total is not None and reached is not None and reached >= total:
@@ -120,7 +125,13 @@ def _show_paths(recipe: Recipe, console: Console) -> None:
             console.print(f"{name}: {Path(path).resolve()}", markup=False, soft_wrap=True)
 
 
-def _ensure_data(recipe: Recipe, console: Console) -> None:
+def ensure_data(recipe: Recipe, console: Console) -> None:
+    """Prepare the data if it is missing.
+
+    Raises:
+        RecipeError: what is there was made from something else.
+        DataError: the data cannot be prepared.
+    """
     data = recipe.data
     if data.prefix is None:
         return

@@ -1,0 +1,104 @@
+"""A checkpoint that is not whole is never the one that is loaded."""
+
+import os
+import re
+from pathlib import Path
+
+from cca_megatron.training.checkpoint import RELEASE, TRACKER, iteration_directory, latest_iteration
+
+_ITERATION = re.compile(r"iter_(\d{7,})")
+
+
+def broken_part(directory: Path) -> str | None:
+    """What is missing or cut short in the folder of one iteration; None if it is whole.
+
+    The index of a distributed checkpoint says how long each file must be, so this reads the index and no
+    weights. Checkpoints in other formats are taken to be whole if there is anything in them.
+    """
+    from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint import FileSystemReader
+
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return f"{directory.name}: there is nothing"
+    if any(directory.glob("mp_rank_*")):
+        return None
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+        return f"{directory.name}/metadata.json is missing or damaged"
+    if not (directory / ".metadata").is_file():
+        return f"{directory.name}/.metadata is missing"
+    try:
+        stored = FileSystemReader(directory).read_metadata().storage_data
+    except Exception as error:  # whatever unpickling half a file raises
+        return f"{directory.name}/.metadata cannot be read ({type(error).__name__})"
+    sizes: dict[str, int] = {}
+    for part in stored.values():
+        sizes[part.relative_path] = max(sizes.get(part.relative_path, 0), part.offset + part.length)
+    for name, size in sorted(sizes.items()):
+        file = directory / name
+        found = file.stat().st_size if file.is_file() else None
+        if found is None or found < size:
+            has = "is missing" if found is None else f"has {found:,} bytes"
+            return f"{directory.name}/{name} {has} of {size:,}"
+    try:
+        dist_checkpointing.load_common_state_dict(str(directory))
+    except Exception as error:
+        return f"{directory.name}/common.pt cannot be read ({type(error).__name__})"
+    return None
+
+
+def repair(checkpoints: Path, distrusted: int | None = None) -> list[str]:
+    """Make Megatron's tracker name the newest whole checkpoint, if the one it names is not.
+
+    What is broken is kept, under another name. A checkpoint newer than the tracker's was not finished and
+    is left to be overwritten.
+
+    Args:
+        checkpoints: where Megatron saves.
+        distrusted: an iteration that could not be loaded, whatever its index says.
+
+    Returns:
+        Warnings: what was found, and what is done instead.
+    """
+    tracker = checkpoints / TRACKER
+    if not tracker.is_file() or tracker.read_text().strip() == RELEASE:
+        return []
+    named = latest_iteration(checkpoints)
+    warnings = [] if named is not None else [f"{TRACKER} is damaged"]
+    for iteration in sorted(_iterations(checkpoints, named), reverse=True):
+        directory = iteration_directory(checkpoints, iteration)
+        problem = broken_part(directory)
+        if problem is None and iteration == distrusted:
+            problem = f"{directory.name} could not be loaded"
+        if problem is None:
+            break
+        warnings.append(f"checkpoint of iteration {iteration} is damaged: {problem}")
+        _set_aside(directory)
+    else:
+        tracker.unlink()
+        return [*warnings, "there is no whole checkpoint: training starts anew"]
+    if iteration != named:
+        _write_tracker(checkpoints, iteration)
+        warnings.append(f"going on from the checkpoint of iteration {iteration} instead")
+    return warnings
+
+
+def _iterations(checkpoints: Path, named: int | None) -> set[int]:
+    """Those that there are up to the one that is named, and that one."""
+    matches = [_ITERATION.fullmatch(folder.name) for folder in checkpoints.iterdir()]
+    found = {int(match[1]) for match in matches if match}
+    return found if named is None else {i for i in found if i <= named} | {named}
+
+
+def _set_aside(directory: Path) -> None:
+    if not directory.is_dir():
+        return
+    number = 1
+    while (aside := directory.with_name(f"damaged-{directory.name}-{number}")).exists():
+        number += 1
+    directory.rename(aside)
+
+
+def _write_tracker(checkpoints: Path, iteration: int) -> None:
+    part = checkpoints / f".{TRACKER}.{os.getpid()}"
+    part.write_text(str(iteration))
+    part.replace(checkpoints / TRACKER)
