@@ -1,4 +1,4 @@
-"""The command line: ``cca-megatron train | data | convert | generate | doctor | bench``.
+"""The command line: ``cca-megatron train | submit | status | data | convert | generate | doctor | bench``.
 
 Imports are inside the commands, so that ``--help`` answers at once.
 """
@@ -67,6 +67,7 @@ def train(
     checkpoint; Ctrl-C saves one and stops. Without a GPU the CPU backend is used; `CCA_DEVICE=cpu` or
     `CCA_DEVICE=cuda` decides otherwise.
     """
+    from cca_megatron.cluster.ownership import JobError, refuse_owned_folder
     from cca_megatron.data.sources import DataError
     from cca_megatron.training import session
     from cca_megatron.training.launch import TrainingError
@@ -78,9 +79,10 @@ def train(
             print(command.text())
             return
         session.check_machine(command.recipe, device)
+        refuse_owned_folder(command.recipe.output)
         if not session.train(command, device, console):
             raise typer.Exit(130)
-    except (RecipeError, DataError, TrainingError, ValueError, OSError) as error:
+    except (RecipeError, DataError, JobError, TrainingError, ValueError, OSError) as error:
         fail(error)
 
 

@@ -5,9 +5,12 @@ The job script starts one on every node::
     srun --ntasks-per-node=1 python -m cca_megatron.cluster.node RUN/logs/job-1/attempt-1
 
 torchrun does not restart anything here: what follows a failure is decided for the whole job, in one place
-(:mod:`cca_megatron.cluster.job`).
+(:mod:`cca_megatron.cluster.job`). Where nvidia-resiliency-ext is installed its launcher takes torchrun's
+place: Megatron then tells it the sections of each step, and it learns how long each takes.
 """
 
+import importlib
+import importlib.util
 import os
 import signal
 import socket
@@ -30,6 +33,8 @@ SAVE_SIGNAL = signal.SIGUSR1
 _SECONDS_TO_REPORT = 3
 """A failed node lets the others write down their part before srun ends them."""
 _WATCH_SECONDS = 1
+_REPORTING = ("--enable-ft-package", "--calc-ft-timeouts")
+"""With these Megatron reports to nvidia-resiliency-ext."""
 
 
 def main(attempt_folder: Path) -> int:
@@ -71,7 +76,7 @@ class _NodeRecord:
         self.heartbeats.rmdir()
 
     def write(self) -> None:
-        ranks = sorted(int(log.stem.partition("-")[2]) for log in self.folder.glob("rank-*.out"))
+        ranks = sorted(_rank(log) for log in self.folder.glob("rank-*.out"))
         write_json(
             self.folder / "node.json",
             {
@@ -92,7 +97,6 @@ class _NodeRecord:
 def _torchrun(run: RunDirectory, job_id: str, attempt: Attempt, record: _NodeRecord) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
 
     launch = load_recipe(run.recipe, []).launch
     threading.Thread(target=_watch, args=(record, 60 * launch.hang_minutes), daemon=True).start()
@@ -111,32 +115,54 @@ def _torchrun(run: RunDirectory, job_id: str, attempt: Attempt, record: _NodeRec
         "--logs-specs=cca_ranks",
         "--module",
     ]
-    try:
-        torchrun([*options, MODULE, *run.arguments.read_text().splitlines()])
-    except ChildFailedError as error:
-        failures = [
-            {
-                "rank": rank,
-                "local_rank": failure.local_rank,
-                "pid": failure.pid,
-                "exit_code": failure.exitcode,
-                "time": failure.timestamp,
-                "message": _text(failure.message),
-            }
-            for rank, failure in error.failures.items()
+    arguments = run.arguments.read_text().splitlines()
+    launcher = importlib.import_module("torch.distributed.run")
+    if importlib.util.find_spec("nvidia_resiliency_ext") is not None and "--save" in arguments:
+        launcher = importlib.import_module("nvidia_resiliency_ext.fault_tolerance.launcher")
+        limit = 60 * launch.hang_minutes
+        options[:0] = [
+            f"--ft-rank-section-timeouts=setup:{2 * limit},step:{limit},checkpointing:{limit}",
+            f"--ft-rank-out-of-section-timeout={limit}",
         ]
-        record.close("failed", failures)
+        arguments += [option for option in _REPORTING if option not in arguments]
+    try:
+        launcher.run(launcher.parse_args([*options, MODULE, *arguments]))
+    except ChildFailedError as error:
+        record.close("failed", [_failure(rank, failure) for rank, failure in error.failures.items()])
         return 1
     except SignalException as error:
         record.close("stopped")
         return 128 + error.sigval
-    except Exception as error:  # the rendezvous, or torchrun itself
-        failure = {"rank": None, "local_rank": None, "pid": os.getpid(), "exit_code": 1, "time": time.time()}
-        record.close("failed", [{**failure, "message": f"torchrun: {type(error).__name__}: {error}"}])
-        print(f"torchrun: {type(error).__name__}: {error}", file=sys.stderr)
+    except Exception as error:  # the rendezvous, or the launcher itself
+        from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+        # nvidia-resiliency-ext's launcher does not say which ranks failed; their error files do.
+        files = sorted(record.folder.glob("rank-*.error.json"))
+        failures = [_failure(_rank(file), ProcessFailure(-1, 0, 1, str(file))) for file in files]
+        message = f"{launcher.__name__}: {type(error).__name__}: {error}"
+        print(message, file=sys.stderr)
+        itself = {"rank": None, "local_rank": None, "pid": os.getpid(), "exit_code": 1}
+        record.close("failed", failures or [{**itself, "time": time.time(), "message": message}])
         return 1
     record.close("finished")
     return 0
+
+
+def _failure(rank: int, failure: Any) -> dict[str, Any]:
+    """What torch knows of a worker that failed, for ``node.json``."""
+    return {
+        "rank": rank,
+        "local_rank": failure.local_rank,
+        "pid": failure.pid,
+        "exit_code": failure.exitcode,
+        "time": failure.timestamp,
+        "message": _text(failure.message),
+    }
+
+
+def _rank(log: Path) -> int:
+    """The rank in the name of a log file."""
+    return int(log.name.partition("-")[2][:5])
 
 
 def _port(job_id: str, restart: int, attempt: int) -> int:

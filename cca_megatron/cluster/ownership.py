@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from cca_megatron.cluster.run_directory import Job, RunDirectory
+from cca_megatron.cluster.slurm import SlurmError, job_state
 
 
 class JobError(Exception):
@@ -43,3 +45,14 @@ def refuse_second_owner(run: RunDirectory, job: Job, is_active: Callable[[str], 
             f"output={run.root}: belongs to job {job.job_id}, which waits or runs; "
             f"scancel {job.job_id} ends it, output=FOLDER starts another run"
         )
+
+
+def refuse_owned_folder(output: Path | None) -> None:
+    """Raise JobError if a job that waits or runs writes to this folder, as far as can be seen from here."""
+    job = None if output is None else Job.read(RunDirectory(output).job_file)
+    if output is None or job is None:
+        return
+    try:
+        refuse_second_owner(RunDirectory(output), job, lambda job_id: job_state(job_id) is not None)
+    except SlurmError:
+        return  # no SLURM here, so none of its jobs either
