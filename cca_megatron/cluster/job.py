@@ -57,7 +57,7 @@ def begin(
             f"launch.nodes={command.recipe.launch.nodes}: the job has {len(nodes)}; submit it with as many"
         )
     _check_bounds(run, job, command.recipe.launch)
-    for warning in repair(run.checkpoints, _distrusted(run)):
+    for warning in repair(run.checkpoints, command.args.ckpt_format, _distrusted(run)):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     session.ensure_data(command.recipe, Console(stderr=True, highlight=False))
     check_data(command)

@@ -4,16 +4,24 @@ import os
 import re
 from pathlib import Path
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from cca_megatron.training.checkpoint import RELEASE, TRACKER, iteration_directory, latest_iteration
 
+_DAMAGE = (Exception, CheckpointException)
+"""Whatever half a file makes JSON, pickle and PyTorch raise; PyTorch's own is no ``Exception``."""
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
 
-def broken_part(directory: Path) -> str | None:
+def broken_part(directory: Path, checkpoint_format: str = "torch_dist") -> str | None:
     """What is missing or cut short in the folder of one iteration; None if it is whole.
 
     The index of a distributed checkpoint says how long each file must be, so this reads the index and no
-    weights. Checkpoints in other formats are taken to be whole if there is anything in them.
+    weights. Of Megatron's older format, without an index, nothing is known but that it is there.
+
+    Args:
+        directory: of the iteration.
+        checkpoint_format: Megatron's ``--ckpt-format``.
     """
     from megatron.core import dist_checkpointing
     from torch.distributed.checkpoint import FileSystemReader
@@ -22,13 +30,12 @@ def broken_part(directory: Path) -> str | None:
         return f"{directory.name}: there is nothing"
     if any(directory.glob("mp_rank_*")):
         return None
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
-        return f"{directory.name}/metadata.json is missing or damaged"
-    if not (directory / ".metadata").is_file():
-        return f"{directory.name}/.metadata is missing"
+    for name in (".metadata", "metadata.json") if checkpoint_format == "torch_dist" else (".metadata",):
+        if not (directory / name).is_file():
+            return f"{directory.name}/{name} is missing"
     try:
         stored = FileSystemReader(directory).read_metadata().storage_data
-    except Exception as error:  # whatever unpickling half a file raises
+    except _DAMAGE as error:
         return f"{directory.name}/.metadata cannot be read ({type(error).__name__})"
     sizes: dict[str, int] = {}
     for part in stored.values():
@@ -39,14 +46,15 @@ def broken_part(directory: Path) -> str | None:
         if found is None or found < size:
             has = "is missing" if found is None else f"has {found:,} bytes"
             return f"{directory.name}/{name} {has} of {size:,}"
-    try:
-        dist_checkpointing.load_common_state_dict(str(directory))
-    except Exception as error:
-        return f"{directory.name}/common.pt cannot be read ({type(error).__name__})"
+    if checkpoint_format == "torch_dist":
+        try:
+            dist_checkpointing.load_common_state_dict(str(directory))
+        except _DAMAGE as error:
+            return f"{directory.name}: what all ranks share cannot be read ({type(error).__name__})"
     return None
 
 
-def repair(checkpoints: Path, distrusted: int | None = None) -> list[str]:
+def repair(checkpoints: Path, checkpoint_format: str, distrusted: int | None = None) -> list[str]:
     """Make Megatron's tracker name the newest whole checkpoint, if the one it names is not.
 
     What is broken is kept, under another name. A checkpoint newer than the tracker's was not finished and
@@ -54,6 +62,7 @@ def repair(checkpoints: Path, distrusted: int | None = None) -> list[str]:
 
     Args:
         checkpoints: where Megatron saves.
+        checkpoint_format: Megatron's ``--ckpt-format``.
         distrusted: an iteration that could not be loaded, whatever its index says.
 
     Returns:
@@ -66,7 +75,7 @@ def repair(checkpoints: Path, distrusted: int | None = None) -> list[str]:
     warnings = [] if named is not None else [f"{TRACKER} is damaged"]
     for iteration in sorted(_iterations(checkpoints, named), reverse=True):
         directory = iteration_directory(checkpoints, iteration)
-        problem = broken_part(directory)
+        problem = broken_part(directory, checkpoint_format)
         if problem is None and iteration == distrusted:
             problem = f"{directory.name} could not be loaded"
         if problem is None:

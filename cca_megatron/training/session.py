@@ -102,9 +102,7 @@ def train(command: Command, device: Device, console: Console) -> bool:
     _show_paths(recipe, console)
     ensure_data(recipe, console)
     check_data(command)
-    for warning in (
-        [] if recipe.checkpoints is None or not recipe.checkpoints.is_dir() else repair(recipe.checkpoints)
-    ):
+    for warning in repair(recipe.checkpoints, command.args.ckpt_format) if recipe.checkpoints else []:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     total = command.args.train_iters
     reached = None if recipe.checkpoints is None else latest_iteration(recipe.checkpoints)
