@@ -5,7 +5,7 @@ agent, and say so at length in their logs. These endings count only where nothin
 """
 
 import dataclasses
-import json
+import errno
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from typing import Any
 
 from cca_megatron.cluster.kinds import FailureKind, Verdict, judge
 from cca_megatron.cluster.logs import Raised, Tail, final_exception, line_number, read_tail, search_tail
+from cca_megatron.cluster.run_directory import Attempt, read_json
 from cca_megatron.cluster.slurm_log import SlurmLog, read_slurm_log
 
 _UNEXPECTED = re.compile(r"\w+:megatron\.core\.rerun_state_machine:(Unexpected result .+)")
@@ -21,6 +22,8 @@ _DIAGNOSIS = re.compile(
     r"ERROR:megatron\.core\.rerun_state_machine:(Rank \d+, node .+, iteration #\d+: .+|Got rescheduled .+)"
 )
 """Of results that Megatron does not accept: it warns, too, of those that it lets pass."""
+_CURRENT_STACK = re.compile(r"Current thread 0x[0-9a-f]+.* \(most recent call first\):")
+"""Written by Python's faulthandler when an agent ends a worker that hangs."""
 _WORDS = 400
 """Last lines of a log in which a crash is looked for: it may be followed by the stacks of all threads."""
 
@@ -71,35 +74,38 @@ class _Ending:
     """How one worker ended, by its agent's record."""
 
     node: _Node
-    rank: int
+    rank: int | None
+    """None if it is the agent itself that failed."""
     exit_code: int
     time: float
     message: str
 
 
 @dataclass(frozen=True)
-class _Attempt:
+class _Run:
+    """One attempt with all that is known of it."""
+
     folder: Path
-    record: dict[str, Any]
+    record: Attempt
     nodes: list[_Node]
     slurm: SlurmLog
 
     @property
-    def is_over(self) -> bool:
-        """Whether a node that has not written how it ended never will."""
-        return self.record.get("ended") is not None or self.was_cut_off
-
-    @property
     def was_cut_off(self) -> bool:
-        """Whether the job script itself did not live to write how the attempt ended."""
+        """Whether the job script did not live to see the end of the attempt; the next one closes it."""
         number = int(self.folder.name.rpartition("-")[2])
         has_next = (self.folder.parent / f"attempt-{number + 1}").is_dir()
-        return self.record.get("ended") is None and has_next
+        return self.record.srun_status is None and (self.record.ended is not None or has_next)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a node that has not written how it ended never will."""
+        return self.record.ended is not None or self.was_cut_off
 
     @property
     def went_wrong(self) -> bool:
         ends = {node.end for node in self.nodes}
-        return self.record.get("srun_status") not in (None, 0) or bool(ends & {"failed", "hung"})
+        return self.record.srun_status not in (None, 0) or bool(ends & {"failed", "hung"})
 
     def logs(self, suffix: str) -> Iterator[tuple[int, _Node, Path]]:
         """Rank, node and path of the workers' logs, by rank."""
@@ -127,7 +133,10 @@ def first_failure(attempt: Path, progress: Progress | None = None) -> Failure | 
     """
     run = _read_attempt(attempt)
     consequences: list[tuple[_Ending, Verdict, Tail | None, int]] = []
-    for ending in _endings(run):
+    endings = _endings(run)
+    for count, ending in enumerate(endings):
+        if progress is not None:
+            progress(count, len(endings))
         verdict, tail, index = _judge_ending(run, ending)
         if not verdict.is_consequence:
             return _worker_failure(run, ending, verdict, tail, index, progress)
@@ -143,47 +152,50 @@ def first_failure(attempt: Path, progress: Progress | None = None) -> Failure | 
     if consequences:
         consequences.sort(key=lambda c: c[1].kind == "killed")  # an agent's SIGTERM says least
         ending, verdict, tail, index = consequences[0]
-        if verdict.kind == "hang":  # those that waited say so, not the one that they waited for
-            straggler = _straggler(run)
+        straggler = _straggler(run) if verdict.kind == "hang" else None
+        if straggler is not None:  # those that waited say so, not the one that they waited for
             return dataclasses.replace(straggler, message=f"{straggler.message}\n  {verdict.text}")
         return _worker_failure(run, ending, verdict, tail, index, progress)
     return _launch_failure(run) if run.went_wrong else None
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """A JSON record; None if it is not there, or was cut off while it was written."""
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _read_attempt(folder: Path) -> _Attempt:
+def _read_attempt(folder: Path) -> _Run:
     if not folder.is_dir():
-        raise FileNotFoundError(f"no attempt in {folder.resolve()}")
-    record = read_record(folder / "attempt.json") or {}
-    names = {path.name for path in folder.iterdir() if path.is_dir()} | set(record.get("nodes") or [])
-    nodes = [_Node(name, folder / name, read_record(folder / name / "node.json")) for name in sorted(names)]
-    return _Attempt(folder, record, nodes, read_slurm_log(folder))
+        raise FileNotFoundError(errno.ENOENT, "no such attempt", folder)
+    record = Attempt.read(folder / "attempt.json")
+    if record is None:
+        raise FileNotFoundError(errno.ENOENT, "no attempt (there is no attempt.json)", folder)
+    nodes = [_Node(name, folder / name, _node_record(folder / name)) for name in record.nodes]
+    return _Run(folder, record, nodes, read_slurm_log(folder))
 
 
-def _endings(run: _Attempt) -> list[_Ending]:
+def _node_record(folder: Path) -> dict[str, Any] | None:
+    """What an agent wrote; None where that is lost, as it may be with its node."""
+    try:
+        return read_json(folder / "node.json")
+    except ValueError:
+        return None
+
+
+def _endings(run: _Run) -> list[_Ending]:
     """The workers that failed, in the order in which they did."""
     endings = [
-        _Ending(node, failure["rank"], failure["exit_code"], failure["time"], failure.get("message") or "")
+        _Ending(node, failure["rank"], failure["exit_code"], failure["time"], failure["message"] or "")
         for node in run.nodes
         for failure in (node.record or {}).get("failures") or []
     ]
-    return sorted(endings, key=lambda ending: (ending.time, ending.rank))
+    return sorted(endings, key=lambda ending: (ending.time, ending.rank or 0))
 
 
-def _judge_ending(run: _Attempt, ending: _Ending) -> tuple[Verdict, Tail | None, int]:
+def _judge_ending(run: _Run, ending: _Ending) -> tuple[Verdict, Tail | None, int]:
     """The verdict, and the line to read: a log and the index in its tail."""
-    tail, raised = search_tail(ending.node.folder / f"rank-{ending.rank:05}.err")
-    if not tail.lines:
-        tail, raised = search_tail(ending.node.folder / f"rank-{ending.rank:05}.out")
+    if ending.rank is None:
+        return judge(ending.exit_code, Raised((ending.message,), (), (), None, 0), []), None, 0
     reported = final_exception(ending.message.splitlines())
+    insist = ending.exit_code > 0 and reported is None
+    tail, raised = search_tail(ending.node.folder / f"rank-{ending.rank:05}.err", insist)
+    if not tail.lines:
+        tail, raised = search_tail(ending.node.folder / f"rank-{ending.rank:05}.out", insist)
     if reported is not None:  # the worker's own report: surely what ended it, and perhaps more than its log
         index = _index_of(reported, raised, tail)
         raised = dataclasses.replace(reported, rank=ending.rank)
@@ -192,9 +204,9 @@ def _judge_ending(run: _Attempt, ending: _Ending) -> tuple[Verdict, Tail | None,
     verdict = judge(ending.exit_code, raised, tail.lines[-_WORDS:])
     if raised is None:
         index = _index_of_words(verdict.text, tail)
-    ends_workers = ending.node.end in ("hung", "stopped") or run.record.get("time_limit")
-    if ends_workers and ending.exit_code < 0 and verdict.kind == "killed":
-        verdict = dataclasses.replace(verdict, is_consequence=True)
+    ends_workers = ending.node.end in ("hung", "stopped") or run.record.time_limit
+    if ends_workers and ending.exit_code < 0 and (raised is None or raised.rank is None):
+        verdict = dataclasses.replace(verdict, kind="killed", is_consequence=True)  # by its agent, or SLURM
     return verdict, tail if tail.lines else None, max(index, 0)
 
 
@@ -210,13 +222,13 @@ def _index_of(reported: Raised, raised: Raised | None, tail: Tail) -> int:
 def _index_of_words(text: str, tail: Tail) -> int:
     """Where in the log are the words that a verdict quotes; the end, if it quotes none."""
     for index in range(len(tail.lines) - 1, -1, -1):
-        if tail.lines[index].strip() and tail.lines[index].strip() in text:
+        if tail.lines[index].strip() and text.endswith(tail.lines[index].strip()):
             return index
     return len(tail.lines) - 1
 
 
 def _worker_failure(
-    run: _Attempt, ending: _Ending, verdict: Verdict, tail: Tail | None, index: int, progress: Progress | None
+    run: _Run, ending: _Ending, verdict: Verdict, tail: Tail | None, index: int, progress: Progress | None
 ) -> Failure:
     failure = Failure(
         kind=verdict.kind,
@@ -237,7 +249,7 @@ def _worker_failure(
     return failure
 
 
-def _rejected_result(run: _Attempt, failure: Failure, progress: Progress | None) -> Failure:
+def _rejected_result(run: _Run, failure: Failure, progress: Progress | None) -> Failure:
     """All ranks exit with Megatron's code; the one with the result that it rejects says so in its log."""
     logs = list(run.logs("out"))
     for count, (rank, node, path) in enumerate(logs):
@@ -261,7 +273,7 @@ def _rejected_result(run: _Attempt, failure: Failure, progress: Progress | None)
     return failure
 
 
-def _unrecorded_failure(run: _Attempt, recorded: set[int], progress: Progress | None) -> Failure | None:
+def _unrecorded_failure(run: _Run, recorded: set[int | None], progress: Progress | None) -> Failure | None:
     """Of a worker that printed its exception and then hung, until its agent ended it with the others."""
     logs = [log for log in run.logs("err") if log[0] not in recorded]
     found: list[Failure] = []
@@ -279,7 +291,7 @@ def _unrecorded_failure(run: _Attempt, recorded: set[int], progress: Progress | 
     return min(found, key=lambda failure: failure.time or 0, default=None)
 
 
-def _node_failure(run: _Attempt) -> Failure | None:
+def _node_failure(run: _Run) -> Failure | None:
     """A node whose failure SLURM tells."""
     if run.slurm.node_failure is None:
         return None
@@ -289,19 +301,18 @@ def _node_failure(run: _Attempt) -> Failure | None:
     return Failure("node lost", None, name, time, run.slurm.node_failure, run.slurm.path, None)
 
 
-def _time_limit(run: _Attempt) -> Failure | None:
-    if not run.record.get("time_limit") and run.slurm.time_limit is None:
+def _time_limit(run: _Run) -> Failure | None:
+    if not run.record.time_limit and run.slurm.time_limit is None:
         return None
-    before, after = run.record.get("iteration_before"), run.record.get("iteration_after")
     text = "the job's time limit came"
-    if after is not None and after != before:
-        text += f"; the checkpoint of iteration {after} is saved"
+    if run.record.progressed:
+        text += f"; the checkpoint of iteration {run.record.iteration_after} is saved"
     elif run.is_over:
         text += ", and no checkpoint was saved in this attempt"
-    return Failure("time limit", None, None, run.record.get("ended"), text, run.slurm.path, None)
+    return Failure("time limit", None, None, run.record.ended, text, run.slurm.path, None)
 
 
-def _lost_node(run: _Attempt) -> Failure | None:
+def _lost_node(run: _Run) -> Failure | None:
     """A node whose agent never wrote how it ended."""
     lost = [node for node in run.nodes if node.end is None]
     began = any(node.record is not None for node in run.nodes)
@@ -319,36 +330,48 @@ def _lost_node(run: _Attempt) -> Failure | None:
     return Failure("node lost", None, node.name, node.last_sign, text, log, None)
 
 
-def _hang(run: _Attempt) -> Failure | None:
+def _hang(run: _Run) -> Failure | None:
     """Workers that an agent ended because they went on no longer."""
-    return _straggler(run) if any(node.end == "hung" for node in run.nodes) else None
+    hung = [node for node in run.nodes if node.end == "hung"]
+    if not hung:
+        return None
+    return _straggler(run) or Failure("hang", None, hung[0].name, None, "no rank began to train", None, None)
 
 
-def _straggler(run: _Attempt) -> Failure:
-    """Of ranks that wait for each other, the one that stopped first."""
+def _straggler(run: _Run) -> Failure | None:
+    """Of ranks that wait for each other, the one that stopped first; None if none gave a sign of life."""
     beats = {rank: (node, beat) for node in run.nodes for rank, beat in node.heartbeats.items()}
     if not beats:
-        return Failure("hang", None, None, None, "the ranks never began to train", run.slurm.path, None)
+        return None
     rank = min(beats, key=lambda r: (beats[r][1]["count"], beats[r][1]["time"]))
     node, beat = beats[rank]
     most = max(other["count"] for _, other in beats.values())
-    log = node.folder / f"rank-{rank:05}.err"
-    if most == beat["count"]:
-        return Failure(
-            "hang", None, None, beat["time"], f"all ranks stopped after {most} forward passes", log, None
-        )
+    tail = read_tail(node.folder / f"rank-{rank:05}.err")
+    stacks = [index for index, line in enumerate(tail.lines) if _CURRENT_STACK.match(line)]
     text = f"rank {rank} stopped after {beat['count']} forward passes, others after up to {most}"
-    return Failure("hang", rank, node.name, beat["time"], text, log, None)
+    if most == beat["count"]:
+        text = f"all ranks stopped after {most} forward passes"
+    if stacks:
+        text += f"; rank {rank} was at {' '.join(line.strip() for line in tail.lines[stacks[-1] + 1 :][:1])}"
+    return Failure(
+        kind="hang",
+        rank=None if most == beat["count"] else rank,
+        node=None if most == beat["count"] else node.name,
+        time=beat["time"],
+        message=text,
+        log=tail.path if stacks else None,
+        line=line_number(tail, stacks[-1]) if stacks else None,
+    )
 
 
-def _launch_failure(run: _Attempt) -> Failure | None:
+def _launch_failure(run: _Run) -> Failure | None:
     """No worker says anything: what srun or the agents said."""
     path = run.slurm.path
     raised = final_exception(run.slurm.tail.lines)
     if raised is not None:
         verdict = judge(1, raised, [])
         line = line_number(run.slurm.tail, raised.index)
-        return Failure(verdict.kind, None, None, run.record.get("ended"), verdict.text, path, line)
-    status = run.record.get("srun_status")
+        return Failure(verdict.kind, None, None, run.record.ended, verdict.text, path, line)
+    status = run.record.srun_status
     text = run.slurm.error or f"srun ended with status {status} and no worker says why"
-    return Failure("program", None, None, run.record.get("ended"), text, path, None)
+    return Failure("program", None, None, run.record.ended, text, path, None)

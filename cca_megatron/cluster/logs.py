@@ -102,11 +102,16 @@ def _cleaned(line: str) -> str:
     return line.rstrip("\r").rpartition("\r")[2][:_LONGEST_LINE]
 
 
-def search_tail(path: Path) -> tuple[Tail, Raised | None]:
-    """The end of a log and the exception that ended its process, looking further back if there is none."""
+def search_tail(path: Path, insist: bool) -> tuple[Tail, Raised | None]:
+    """The end of a log and the exception that ended its process.
+
+    Args:
+        path: the log.
+        insist: whether to look far back if there is none at its end.
+    """
     tail = read_tail(path)
     raised = final_exception(tail.lines)
-    if raised is None and tail.start:
+    if raised is None and tail.start and insist:
         wide = read_tail(path, _WIDE_WINDOW)
         raised = final_exception(wide.lines)
         if raised is not None:

@@ -5,7 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cca_megatron.cluster.logs import Tail, read_tail
+from cca_megatron.cluster.run_directory import run_of
 
+_BEGIN = re.compile(r"attempt (\d+) of job \S+ on ")
+"""Written by the job script (``cluster.job begin``) before an attempt: all of a job share its output."""
 _NODE_FAILURE = re.compile(r"Node failure on (?P<node>\S+)|DUE TO NODE FAILURE")
 _OUT_OF_MEMORY = re.compile(r"oom[-_ ]kill|OOM Killed|task \d+: Out Of Memory|Out of memory: Killed process")
 _TIME_LIMIT = re.compile(r"DUE TO TIME LIMIT")
@@ -32,20 +35,13 @@ class SlurmLog:
     """The first error."""
 
 
-def attempt_mark(number: int) -> str:
-    """The line that the job script writes into its output before an attempt.
-
-    All attempts of a job share that file.
-    """
-    return f"== attempt {number} =="
-
-
 def read_slurm_log(attempt: Path) -> SlurmLog:
     """The part of the batch script's output that belongs to an attempt.
 
-    Without marks that is all of it, if the job has no other attempt, and else nothing.
+    Where it does not say where that part begins, it is all if the job has no other attempt, and else nothing.
     """
-    path = attempt.parent / "slurm.log"
+    run, job_id = run_of(attempt)
+    path = run.job_log(job_id)
     tail = _part(read_tail(path, _WINDOW), attempt)
     if not tail.lines:
         return SlurmLog(None, tail)
@@ -65,14 +61,14 @@ def read_slurm_log(attempt: Path) -> SlurmLog:
 
 
 def _part(tail: Tail, attempt: Path) -> Tail:
+    begins = {int(m[1]): index for index, line in enumerate(tail.lines) if (m := _BEGIN.match(line))}
     number = int(attempt.name.rpartition("-")[2])
-    marks = [attempt_mark(number), attempt_mark(number + 1)]
-    begin, end = (tail.lines.index(mark) if mark in tail.lines else None for mark in marks)
-    if begin is None:
+    if number not in begins:
         is_alone = len(list(attempt.parent.glob("attempt-*"))) == 1
         return tail if is_alone else replace(tail, lines=[])
+    begin, end = begins[number], begins.get(number + 1)
     # Lines before are made blank, so that the numbers of those after stay.
-    return replace(tail, lines=[""] * (begin + 1) + tail.lines[begin + 1 : end])
+    return replace(tail, lines=[""] * begin + tail.lines[begin:end])
 
 
 def _first(pattern: re.Pattern[str], lines: list[str]) -> str | None:
