@@ -67,8 +67,8 @@ _ADVICE: dict[FailureKind, tuple[str, ...]] = {
         "if it comes back on another GPU, the program is at fault: see NaN",
     ),
     "result validation": (
-        "read Megatron's diagnosis: a result that is 'not reproducible' is a GPU's fault; avoid its "
-        "node and submit again",
+        "read Megatron's diagnosis: 'not reproducible' in the first rerun means a bad GPU of this node, in "
+        "the second one of the attempt before; avoid that node and submit again",
         "'likely correct' means that the numbers are what the program computes: see NaN",
     ),
     "settings": (
@@ -86,6 +86,7 @@ _OF_A_NODE: set[FailureKind] = {"node lost", "GPU", "hang", "network", "transien
 def advice(failure: Failure) -> list[str]:
     """What to do, the likeliest first."""
     steps = list(_ADVICE[failure.kind])
-    if failure.node is not None and failure.kind in _OF_A_NODE:
+    is_innocent = failure.kind == "result validation" and "First rerun" not in failure.message
+    if failure.node is not None and failure.kind in _OF_A_NODE and not is_innocent:
         steps.append(f"without the node: cca-megatron submit ... --sbatch=--exclude={failure.node}")
     return steps

@@ -18,6 +18,7 @@ from cca_megatron.cluster.run_directory import Attempt, read_json
 from cca_megatron.cluster.slurm_log import SlurmLog, read_slurm_log
 
 _UNEXPECTED = re.compile(r"\w+:megatron\.core\.rerun_state_machine:(Unexpected result .+)")
+_SECOND_RERUN = re.compile(r"\w+:megatron\.core\.rerun_state_machine:(Second rerun: .+)")
 _DIAGNOSIS = re.compile(
     r"ERROR:megatron\.core\.rerun_state_machine:(Rank \d+, node .+, iteration #\d+: .+|Got rescheduled .+)"
 )
@@ -152,10 +153,13 @@ def first_failure(attempt: Path, progress: Progress | None = None) -> Failure | 
     if consequences:
         consequences.sort(key=lambda c: c[1].kind == "killed")  # an agent's SIGTERM says least
         ending, verdict, tail, index = consequences[0]
+        failure = _worker_failure(run, ending, verdict, tail, index, progress)
         straggler = _straggler(run) if verdict.kind == "hang" else None
-        if straggler is not None:  # those that waited say so, not the one that they waited for
-            return dataclasses.replace(straggler, message=f"{straggler.message}\n  {verdict.text}")
-        return _worker_failure(run, ending, verdict, tail, index, progress)
+        if straggler is None:
+            return failure
+        # Those that waited say so, not the one that they waited for.
+        message = f"{straggler.message}\n  {verdict.text}"
+        return dataclasses.replace(failure, rank=straggler.rank, node=straggler.node, message=message)
     return _launch_failure(run) if run.went_wrong else None
 
 
@@ -256,12 +260,14 @@ def _rejected_result(run: _Run, failure: Failure, progress: Progress | None) -> 
         if progress is not None:
             progress(count, len(logs))
         tail = read_tail(path)
-        diagnosis = [(index, m[1]) for index, line in enumerate(tail.lines) if (m := _DIAGNOSIS.match(line))]
+        said = list(enumerate(tail.lines))
+        diagnosis = [(index, m[1]) for index, line in said if (m := _DIAGNOSIS.match(line))]
         if not diagnosis:
             continue
-        before = enumerate(tail.lines[: diagnosis[0][0]])
+        before = said[: diagnosis[0][0]]
         unexpected = [(index, m[1]) for index, line in before if (m := _UNEXPECTED.match(line))]
-        found = unexpected[-1:] + diagnosis
+        second = [(index, m[1]) for index, line in before if (m := _SECOND_RERUN.match(line))]
+        found = (second or unexpected)[-1:] + diagnosis
         return dataclasses.replace(
             failure,
             rank=rank,

@@ -123,7 +123,9 @@ def judge(exit_code: int, raised: Raised | None, last_lines: list[str]) -> Verdi
     if exit_code >= 0:
         return _of_last_words(exit_code, last_lines)
     fatal = [line.strip() for line in last_lines if _FATAL.fullmatch(line)]
-    text = f"ended by {_name(exit_code)}" + (f": {fatal[-1]}" if fatal else "")
+    text = f"ended by {_name(exit_code)}"
+    if fatal:
+        text += f": {next((line for line in fatal if line.startswith('what():')), fatal[0])}"
     waiting = _while_waiting("\n".join(fatal))
     if waiting is not None:
         return Verdict(waiting, text, is_consequence=True)
