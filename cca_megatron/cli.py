@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cca_megatron.bench.command import app as bench_app
 from cca_megatron.cluster.command import status, submit
+from cca_megatron.cluster.diagnose import diagnose
 from cca_megatron.convert import app as convert_app
 from cca_megatron.generate import generate
 from cca_megatron.terminal import console, fail
@@ -35,6 +36,7 @@ app.add_typer(convert_app, name="convert")
 app.command()(generate)
 app.command()(submit)
 app.command()(status)
+app.command()(diagnose)
 
 
 def main() -> None:
