@@ -25,6 +25,8 @@ from cca_megatron.training.recipe import LaunchSection
 
 _REPEATS_ITSELF = {"settings", "data", "result validation", "NaN"}
 """What another attempt would run into again."""
+_ELSEWHERE = {"transient fault", "GPU"}
+"""What another node may not have."""
 
 
 def begin(
@@ -165,7 +167,7 @@ def _decide(attempt: Attempt, failure: Failure | None, stop_asked: bool) -> tupl
     if attempt.srun_status == 0:
         return "finished", ""
     kind = failure.kind if failure else "unknown"
-    if kind == "transient fault":
+    if kind in _ELSEWHERE:
         return ("resubmit" if failure and failure.node else "requeue"), kind
     if kind in _REPEATS_ITSELF or (kind == "out of memory" and not attempt.progressed):
         return "stop", kind

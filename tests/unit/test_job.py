@@ -84,9 +84,11 @@ def test_a_killed_worker_leads_to_another_attempt(run):
     assert "rank 1 of node2" in said
 
 
-def test_a_transient_fault_leads_to_another_node(run):
+@pytest.mark.parametrize("how", [(16, ""), (1, "torch.AcceleratorError: CUDA error: uncorrectable ECC error")])
+def test_a_fault_of_a_gpu_leads_to_another_node(run, how):
     folder = attempt(run)
-    node_ends(folder, "node2", 1, 16)
+    (folder / "node2" / "rank-00001.err").write_text(f"Traceback (most recent call last):\n{how[1]}\n")
+    node_ends(folder, "node2", 1, *how)
     assert jobs.end(folder, 1, time_limit=False, stop_asked=False)[0] == "resubmit node2"
     record = Job.read(run.job_file)
     assert (record.state, record.bad_nodes) == ("resubmitted", ["node2"])
