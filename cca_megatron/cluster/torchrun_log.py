@@ -14,6 +14,8 @@ _REPORT = re.compile(r"torch\.distributed\.elastic\.multiprocessing\.errors\.Chi
 _TORCHRUN = "Traceback (most recent call last):"
 _RANK = re.compile(r"  rank      : (\d+) \(local_rank: \d+\)")
 _EXIT_CODE = re.compile(r"  exitcode  : (-?\d+) \(pid: \d+\).*")
+_MARKED = re.compile(r"\[rank\d+\]:")
+"""A line of which PyTorch says whose it is."""
 _WORDS = 400
 
 
@@ -35,10 +37,11 @@ def failure_in_log(log: Path) -> Failure | None:
     begin = next((i for i in range(report, -1, -1) if tail.lines[i] == _TORCHRUN), report)
     before = tail.lines[:begin]
     raised_by_rank = {raised.rank: raised for raised in exceptions(before) if raised.rank is not None}
+    unmarked = ["" if _MARKED.match(line) else line for line in before]
     judged = []
     for ending in _endings(tail.lines[report:]):
-        raised = raised_by_rank.get(ending.rank) or final_exception(before)
-        verdict = judge(ending.exit_code, raised, before[-_WORDS:])
+        raised = raised_by_rank.get(ending.rank) or final_exception(unmarked)
+        verdict = judge(ending.exit_code, raised, unmarked[-_WORDS:])
         index = raised.index if raised is not None and verdict.kind != "killed" else report
         failure = Failure(verdict.kind, ending.rank, None, None, verdict.text, log, line_number(tail, index))
         if not verdict.is_consequence:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501, W291  (lines of logs as they are)
 """What workers, Megatron and SLURM write when they fail, shortened from runs that really failed, and attempts
 made of it.
 
@@ -144,6 +145,17 @@ ValueError: CCA cannot run with these settings:
   - num_attention_heads=4: must be a multiple of tensor_model_parallel_size=3; tensor_model_parallel_size=1 works
   - world size 2 (nodes * processes on each): must be a multiple of 3; 3 works
 """
+GROUP = """\
+  + Exception Group Traceback (most recent call last):
+  |   File "/home/me/train.py", line 3, in main
+  |     raise group
+  | ExceptionGroup: many (2 sub-exceptions)
+  +-+---------------- 1 ----------------
+    | ValueError: a
+    +---------------- 2 ----------------
+    | TypeError: b
+    +------------------------------------
+"""
 BARE_ASSERTION = traceback("AssertionError", "megatron/training/arguments.py")
 BAD_ARGUMENT = "usage: pretrain.py [-h] [--data-path DATA]\npretrain.py: error: unrecognized arguments: --no-such-arg 3\n"
 ECC = traceback(
@@ -176,6 +188,37 @@ TRAINING = """\
 INFO: no error so far, nan-safe softmax on; number of nan iterations:   0 | errors: 0
  [2026-11-28 10:42:20.008] iteration        1/       6 | lm loss: 5.527536E+00 | number of nan iterations:   0 |
 WARNING: retrying after an error (Connection refused by the metrics server), going on
+"""
+
+# What torchrun reports at the end; to be filled in with the exit code of rank 1.
+TORCHRUN = """\
+E1128 10:40:50.139000 7606 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1) local_rank: 1
+Traceback (most recent call last):
+  File "<frozen runpy>", line 198, in _run_module_as_main
+  File "/opt/env/lib/python3.12/site-packages/torch/distributed/launcher/api.py", line 383, in launch_agent
+    raise ChildFailedError(
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError: 
+============================================================
+cca_megatron.training.pretrain FAILED
+------------------------------------------------------------
+Failures:
+[1]:
+  time      : 2026-11-28_10:40:49
+  host      : localhost
+  rank      : 0 (local_rank: 0)
+  exitcode  : -15 (pid: 7611)  (SIGTERM)
+  error_file: <N/A>
+  traceback : Signal 15 (SIGTERM) received by PID 7611
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-28_10:40:49
+  host      : localhost
+  rank      : 1 (local_rank: 1)
+  exitcode  : {} (pid: 7612) 
+  error_file: <N/A>
+  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+============================================================
 """
 
 
