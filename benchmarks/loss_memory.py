@@ -1,0 +1,139 @@
+"""Peak memory and time of the output layer and the loss on the CPU in fp32: all tokens at once, in chunks.
+
+    python benchmarks/loss_memory.py --json benchmarks/results/memory/loss.json --plot docs/loss_memory.png
+
+runs Megatron's output layer and loss forward and backward under its data parallelism, each case in a process
+of its own. What a process with a single token needs (libraries, weight, main_grad) is subtracted.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from own_process import facts, peak_bytes, write
+
+
+def main() -> None:
+    """Measure every case; with --case, be one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--vocabulary", type=int, default=65536)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    parser.add_argument("--plot", type=Path, help="draw it to this file")
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case is not None:
+        print(json.dumps({"seconds": step(args.tokens, args.vocabulary, args.hidden, args.case)}))
+        return
+    sizes = ["--vocabulary", str(args.vocabulary), "--hidden", str(args.hidden)]
+    base, _ = peak_bytes(__file__, *sizes, "--tokens", "1", "--case", "0")
+    rows = []
+    for chunk_size in (0, *args.chunk_sizes):
+        peak, output = peak_bytes(__file__, *sizes, "--tokens", str(args.tokens), "--case", str(chunk_size))
+        seconds = json.loads(output.splitlines()[-1])["seconds"]
+        rows.append({"chunk_size": chunk_size or None, "bytes": peak - base, "seconds": round(seconds, 1)})
+        print(
+            f"{chunk_size or 'all tokens':>10}  {(peak - base) / 1e9:.2f} GB  "
+            f"{rows[0]['bytes'] / rows[-1]['bytes']:.1f}x  {seconds:.1f} s",
+            flush=True,
+        )
+    result = {
+        **{name: getattr(args, name) for name in ("tokens", "vocabulary", "hidden")},
+        "base_bytes": base,
+        "rows": rows,
+        "machine": facts(),
+    }
+    if args.json:
+        write(args.json, result)
+    if args.plot:
+        plot(result, args.plot)
+
+
+def step(tokens: int, vocabulary: int, hidden: int, chunk_size: int) -> float:
+    """Forward and backward once, with all logits if the size is 0; seconds."""
+    from cca_megatron.training import cpu_backend
+
+    cpu_backend.install()
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer import TransformerConfig
+
+    from cca_megatron.training.loss import chunked_loss
+
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    parallel_state.initialize_model_parallel()
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=hidden,
+        num_attention_heads=1,
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+    )
+    layer = ColumnParallelLinear(
+        hidden, vocabulary, config=config, init_method=config.init_method, bias=False
+    )
+    torch.nn.init.normal_(layer.weight, std=0.02)
+    DistributedDataParallel(config, DistributedDataParallelConfig(), layer)
+    language = LanguageModule(config)
+    states = torch.randn(tokens, 1, hidden, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (1, tokens))
+    started = time.perf_counter()
+    if chunk_size:
+        losses = chunked_loss(
+            hidden_states=states,
+            output_layer=layer,
+            output_weight=None,
+            labels=labels,
+            context=chunk_size,
+            compute_language_model_loss=language.compute_language_model_loss,
+            scale_logits=language._scale_logits,
+        )
+    else:
+        losses = language.compute_language_model_loss(labels, layer(states)[0])
+    losses.mean().backward()
+    return time.perf_counter() - started
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Peak memory over the chunk size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    whole, *chunked = result["rows"]
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    axes.axhline(whole["bytes"] / 1e9, color="tab:red", label="all tokens at once")
+    sizes, values = [row["chunk_size"] for row in chunked], [row["bytes"] / 1e9 for row in chunked]
+    axes.plot(sizes, values, marker="o", label="in chunks")
+    for size, value in zip(sizes, values, strict=True):
+        axes.annotate(f"{value:.2f}", (size, value), (0, 8), textcoords="offset points", ha="center")
+    axes.annotate(
+        f"{whole['bytes'] / 1e9:.2f}", (sizes[0], whole["bytes"] / 1e9), (0, -14), textcoords="offset points"
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.set(xlabel="tokens in a chunk", ylabel="peak memory, GB", yscale="log", ylim=(0.1, 10))
+    axes.set_yticks([0.1, 1, 10], ["0.1", "1", "10"])
+    axes.set_title(
+        f"Output layer and loss, forward + backward, fp32: {result['tokens']:,} tokens x "
+        f"{result['vocabulary']:,} words, hidden {result['hidden']:,}",
+        fontsize=10,
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
