@@ -13,7 +13,7 @@ from cca_megatron.plan.layers import Experts, Layer, Mlp, Model
 from cca_megatron.plan.memory import stage_layers, stage_parts
 from cca_megatron.plan.parts import Parallel
 from cca_megatron.plan.shapes import Run
-from cca_megatron.plan.traffic import Traffic, traffic
+from cca_megatron.plan.traffic import traffic
 
 Axis = Literal["tensor", "context", "expert", "pipeline", "data"]
 Pattern = Literal["ring", "neighbours", "all-to-all"]

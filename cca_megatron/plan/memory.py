@@ -75,8 +75,11 @@ def memory_per_gpu(args: Namespace) -> Memory:
 def memory(model: Model, parallel: Parallel, run: Run) -> Memory:
     """The same from shapes."""
     stages = stage_layers(len(model.layers), parallel, run)
+    plain = run if run.recompute != "full" else replace(run, recompute=None)
+    each = [_one_layer(model, layer, parallel, plain) for layer in model.kinds]
     return max(
-        (_of_stage(model, parallel, run, stages, s) for s in range(len(stages))), key=lambda m: m.total
+        (_of_stage(model, parallel, run, stages, stage, each) for stage in range(len(stages))),
+        key=lambda memory: memory.total,
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from cca_megatron.parallel.rules import exchanged_kv_heads
 from cca_megatron.plan.attention import HeadAttention
 from cca_megatron.plan.hardware import Gpu
 from cca_megatron.plan.layers import Experts, Mlp, Model
@@ -10,7 +11,6 @@ from cca_megatron.plan.memory import Memory, memory
 from cca_megatron.plan.parts import Parallel
 from cca_megatron.plan.shapes import Run
 from cca_megatron.plan.step import Step, step_time
-from cca_megatron.parallel.rules import exchanged_kv_heads
 
 _MICRO_BATCHES = (1, 2, 4, 8)
 

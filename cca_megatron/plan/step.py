@@ -59,7 +59,7 @@ def step_time(model: Model, parallel: Parallel, run: Run, gpu: Gpu, flash: bool 
     """
     stages = stage_layers(len(model.layers), parallel, run)
     count = run.micro_batches(parallel)
-    passes = [_micro_batch(model, parallel, run, gpu, stages, stage, flash) for stage in range(len(stages))]
+    passes = _all_stages(model, parallel, run, gpu, stages, flash)
     slowest = max(range(len(stages)), key=lambda stage: sum(passes[stage].values()))
     per_pass = passes[slowest]
     one = sum(per_pass.values())
@@ -83,6 +83,21 @@ def step_time(model: Model, parallel: Parallel, run: Run, gpu: Gpu, flash: bool 
     tokens = count * run.micro_batch * run.sequence * parallel.data
     flops = 3 * sum(model.flops(run.sequence).values()) * tokens
     return Step(seconds, parts, tokens / seconds, flops, flops / seconds / (gpu.peak * parallel.gpus))
+
+
+def _all_stages(
+    model: Model, parallel: Parallel, run: Run, gpu: Gpu, stages: list[list[range]], flash: bool
+) -> list[dict[str, float]]:
+    """Of each pipeline stage, seconds of one micro-batch; stages of the same layers are reckoned once."""
+    found: dict[tuple[object, ...], dict[str, float]] = {}
+    passes = []
+    for stage, chunks in enumerate(stages):
+        kinds = sorted(model.kind_of[number] for chunk in chunks for number in chunk)
+        key = (stage == 0, stage == len(stages) - 1, *kinds)
+        if key not in found:
+            found[key] = _micro_batch(model, parallel, run, gpu, stages, stage, flash)
+        passes.append(found[key])
+    return passes
 
 
 def _micro_batch(
