@@ -18,6 +18,7 @@ from cca_megatron.cluster.command import status, submit
 from cca_megatron.cluster.diagnose import diagnose
 from cca_megatron.convert import app as convert_app
 from cca_megatron.generate import generate
+from cca_megatron.plan.command import plan
 from cca_megatron.terminal import console, fail
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app.command()(generate)
 app.command()(submit)
 app.command()(status)
 app.command()(diagnose)
+app.command()(plan)
 
 
 def main() -> None:
