@@ -41,6 +41,7 @@ def argument_problems(args: Namespace) -> list[str]:
             *_packing_rules(args),
             *_schedule_rules(args),
             *_expert_rules(args),
+            *_loss_rules(args),
             *_rotary_rules(args),
         ]
         problems += [message for is_broken, message in rules if is_broken]
@@ -55,6 +56,8 @@ def _counts(args: Namespace) -> list[str]:
         names.append("train_iters")
     if args.num_experts is not None:
         names += ["num_experts", "moe_router_topk"]
+    if args.loss_chunk_size is not None:
+        names.append("loss_chunk_size")
     return [*names, "tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size"]
 
 
@@ -247,6 +250,41 @@ def _expert_rules(args: Namespace) -> _Rules:
             f"{_world(args)}: must be a multiple of {size}, expert_model_parallel_size="
             f"{args.expert_model_parallel_size} * expert tensor parallel {expert_tensor} * "
             f"pipeline_model_parallel_size={args.pipeline_model_parallel_size}; {size} works",
+        ),
+    ]
+
+
+def _loss_rules(args: Namespace) -> _Rules:
+    """Where the logits would be in memory all the same, or the output layer is not called as usual."""
+    if args.loss_chunk_size is None:
+        return []
+    setting = f"loss_chunk_size={args.loss_chunk_size}"
+    return [
+        (
+            args.hybrid_layer_pattern is not None,
+            f"{setting} with hybrid_layer_pattern={args.hybrid_layer_pattern!r}: Megatron's hybrid model "
+            "computes the loss of all tokens at once; num-layers instead of the pattern works",
+        ),
+        (
+            args.mtp_num_layers,
+            f"{setting} with mtp_num_layers={args.mtp_num_layers}: multi-token prediction counts hits in the "
+            "logits of all tokens; mtp_num_layers=null works",
+        ),
+        (
+            args.use_megatron_fsdp or args.use_torch_fsdp2 or args.tensor_parallel_num_weight_shards,
+            f"{setting} with use_megatron_fsdp, use_torch_fsdp2 or tensor_parallel_num_weight_shards: they "
+            "gather and free the output weight around every call of its layer; use_distributed_optimizer=true "
+            "works",
+        ),
+        (
+            args.defer_embedding_wgrad_compute,
+            f"{setting} with defer_embedding_wgrad_compute: that keeps what every call of the output layer "
+            "saw; defer_embedding_wgrad_compute=false works",
+        ),
+        (
+            args.fp8_output_proj,
+            f"{setting} with fp8_output_proj: chunks go through Megatron's own output layer; "
+            "fp8_output_proj=false works",
         ),
     ]
 

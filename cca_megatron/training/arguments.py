@@ -46,6 +46,15 @@ def add_arguments(device: Device) -> Callable[[ArgumentParser], ArgumentParser]:
         _PrefixedArguments(CCAConfig, _PREFIX, exclude=[_DERIVED]).build_group(parser, group)
         zaya = _PrefixedArguments(ZayaSettings, _ZAYA_PREFIX).build_group(parser, "ZAYA1's parts")
         zaya.add_argument("--zaya", action="store_true", help="Build the model with ZAYA1's parts.")
+        parser.add_argument_group("loss").add_argument(
+            "--loss-chunk-size",
+            type=int,
+            metavar="TOKENS",
+            help="Compute the loss of so many tokens at a time, and their logits again in the backward pass. The "
+            "logits of all tokens are then never in memory: 137 GB for 128k tokens and a vocabulary of 262k. "
+            "Loss and gradients stay the same; the output layer takes 4 matrix products instead of 3. "
+            "4096 suits long sequences on a GPU; see docs/long-context.md. Off by default.",
+        )
         # CCA is causal: a mask would be built, moved and ignored for every sample.
         parser.set_defaults(create_attention_mask_in_dataloader=False)
         # Megatron 0.19 divides by it and has no default for it any more.

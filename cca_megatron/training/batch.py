@@ -31,6 +31,7 @@ from cca_megatron._compat import PackedSeqParams, TransformerConfig
 from cca_megatron.parallel.context import ContextShard
 from cca_megatron.parallel.packed import context_shard, host_document_starts
 from cca_megatron.training.arguments import cca_config_from_args, is_packed
+from cca_megatron.training.loss import chunked_loss
 
 _SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 _BATCH_KEYS = (
@@ -132,6 +133,9 @@ def forward_step(
     tokens, labels, loss_mask, positions, mask = (batch[key] for key in _SEQUENCE_KEYS)
     # Megatron overlaps expert communication by running a plan of the model instead of the model.
     run: Any = model.build_schedule_plan if return_schedule_plan else model
+    in_chunks: dict[str, Any] = {}
+    if args.loss_chunk_size is not None:
+        in_chunks = {"output_processor": chunked_loss, "output_processor_context": args.loss_chunk_size}
     with _straggler:
         output = run(
             tokens,
@@ -140,6 +144,7 @@ def forward_step(
             labels=labels,
             loss_mask=loss_mask,
             packed_seq_params=packed_seq_params,
+            **in_chunks,
         )
     return output, partial(loss_function, loss_mask)
 
