@@ -11,6 +11,9 @@ installed() {
     python -m pip list --format=freeze --disable-pip-version-check | grep -Ei "$compiled" | sort
 }
 
+# NVIDIA's images pin all packages of their own build here, setuptools too, older than ours may need.
+unset PIP_CONSTRAINT
+
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 installed >"$scratch/before"
