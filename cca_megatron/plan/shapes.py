@@ -145,7 +145,8 @@ def _optimizer_bytes(args: Namespace) -> int:
         return 12 if args.bf16 or args.fp16 else 8
     moments = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
     # Of fp32 weights beside bf16 ones only the other 16 bits are kept.
-    shared = 2 if args.bf16 and args.store_param_remainders and args.main_params_dtype.itemsize == 4 else 0
+    keeps_the_rest = getattr(args, "store_param_remainders", True)  # no argument in Megatron 0.19, and on
+    shared = 2 if args.bf16 and keeps_the_rest and args.main_params_dtype.itemsize == 4 else 0
     return moments + args.main_params_dtype.itemsize - shared
 
 

@@ -145,7 +145,7 @@ def resolve(path: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The sections of a recipe, on top of those of the recipe that it extends."""
+    """The sections of a recipe, on top of those of the recipes that it extends, of which a later one wins."""
     try:
         content = yaml.load(path.read_text(), _Loader)
     except OSError as error:
@@ -154,20 +154,27 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must be a mapping with the sections {', '.join(SECTIONS)}")
-    base = content.pop("extends", None)
-    if base is None:
-        return content
+    extends = content.pop("extends", None)
+    bases = extends if isinstance(extends, list) else [] if extends is None else [extends]
     chain = (*extended_by, path.resolve())
-    if not isinstance(base, str) or (path.parent / base).resolve() in chain:
-        raise RecipeError(f"{path}: extends={base!r}: must be another recipe's path, relative to this one")
-    extended = _read(path.parent / base, chain)
+    merged: dict[str, Any] = {}
+    for base in bases:
+        if not isinstance(base, str) or (path.parent / base).resolve() in chain:
+            raise RecipeError(
+                f"{path}: extends={extends!r}: must be another recipe's path, relative to this one, or a list"
+            )
+        _put_on_top(merged, _read(path.parent / base, chain))
+    _put_on_top(merged, content)
+    return merged
+
+
+def _put_on_top(below: dict[str, Any], content: dict[str, Any]) -> None:
     for section, settings in content.items():
-        if isinstance(settings, dict) and isinstance(extended.get(section), dict):
+        if isinstance(settings, dict) and isinstance(below.get(section), dict):
             for key, value in settings.items():
-                _set(extended[section], key, value)
+                _set(below[section], key, value)
         else:
-            extended[section] = settings
-    return extended
+            below[section] = settings
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
