@@ -56,7 +56,7 @@ def shares_of(routers: list[TopKRouter]) -> list[Tensor]:
     together: the counts of Megatron's routers are summed over them, in one all-reduce.
     """
     counted = [router for router in routers if not isinstance(router, ZayaRouter)]
-    shares: dict[TopKRouter, Tensor] = {}
+    shares: dict[TopKRouter, Tensor | None] = {r: r.class_share for r in routers if isinstance(r, ZayaRouter)}
     if counted:
         device = torch.cuda.current_device()
         counts = torch.zeros(len(counted), counted[0].num_experts, dtype=torch.int64, device=device)
@@ -65,8 +65,8 @@ def shares_of(routers: list[TopKRouter]) -> list[Tensor]:
                 row += router.counts_for_log
                 router.counts_for_log = None
         dist.all_reduce(counts, group=counted[0].tp_dp_cp_group)
-        shares = dict(zip(counted, counts / counts.sum(-1, keepdim=True).clamp(min=1), strict=True))
-    return [router.class_share if isinstance(router, ZayaRouter) else shares[router] for router in routers]
+        shares |= dict(zip(counted, counts / counts.sum(-1, keepdim=True).clamp(min=1), strict=True))
+    return [shares[router] for router in routers]
 
 
 def write_shares(shares: Tensor, iteration: int) -> None:

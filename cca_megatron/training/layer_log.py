@@ -1,8 +1,8 @@
 """What TensorBoard gets of every layer: temperatures, the logits that they allow, conv norms, expert load.
 
 All of it is read where a training step finishes the gradients: the parameters are then whole on their ranks
-and still those that the loss of this step came from. Steps that TensorBoard does not see cost nothing; at one
-that it sees, one all-reduce brings the values of all stages and tensor-parallel ranks to the rank that writes.
+and still those that the loss of this step came from. Steps that TensorBoard does not see cost nothing; at
+others one all-reduce brings the values of all stages and tensor-parallel ranks to the rank that writes.
 """
 
 from collections.abc import Iterator
@@ -182,7 +182,9 @@ class _Numbering:
             labels += [f"prediction {depth}{part}" for part in within]
         return cls(config.num_layers, inner, labels)
 
-    def rows[T: torch.nn.Module](self, model: list[torch.nn.Module], kind: type[T]) -> Iterator[tuple[int, T]]:
+    def rows[M: torch.nn.Module](
+        self, model: list[torch.nn.Module], kind: type[M]
+    ) -> Iterator[tuple[int, M]]:
         """The modules of a kind in this stage's chunks, each with its row."""
         for chunk in model:
             depths: dict[torch.nn.Module, int] = {}
@@ -190,10 +192,11 @@ class _Numbering:
                 if isinstance(module, MultiTokenPredictionLayer):
                     depths |= dict.fromkeys(module.modules(), module.layer_number)
             for module in chunk.modules():
-                if not isinstance(module, kind):
-                    continue
-                number = module.layer_number - 1
-                if module in depths:
-                    within = number if self.inner_layers > 1 else 0
-                    number = self.num_layers + (depths[module] - 1) * self.inner_layers + within
-                yield number, module
+                if isinstance(module, kind):
+                    yield self._row(module, depths.get(module)), module
+
+    def _row(self, module: Any, depth: int | None) -> int:
+        if depth is None:
+            return module.layer_number - 1
+        within = module.layer_number - 1 if self.inner_layers > 1 else 0
+        return self.num_layers + (depth - 1) * self.inner_layers + within
