@@ -24,7 +24,7 @@ def num_classes(settings: Any) -> int:
     return (settings.num_experts or 0) + skips
 
 
-def count_tokens(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
+def count_tokens(model: list[Any]) -> list[Any]:
     """Let Megatron's routers count what they choose at the steps that are logged; ZAYA's count by themselves.
 
     A hook for Megatron's ``pre_wrap_hooks``: it takes the chunks of a stage, and returns them. With CUDA
@@ -55,18 +55,22 @@ def shares_of(routers: list[TopKRouter]) -> list[Tensor]:
     Where a token visits several experts, of its visits. All ranks that hold these layers must call it
     together: the counts of Megatron's routers are summed over them, in one all-reduce.
     """
-    counted = [router for router in routers if not isinstance(router, ZayaRouter)]
-    shares: dict[TopKRouter, Tensor | None] = {r: r.class_share for r in routers if isinstance(r, ZayaRouter)}
-    if counted:
-        device = torch.cuda.current_device()
-        counts = torch.zeros(len(counted), counted[0].num_experts, dtype=torch.int64, device=device)
-        for row, router in zip(counts, counted, strict=True):
-            if getattr(router, "counts_for_log", None) is not None:
-                row += router.counts_for_log
-                router.counts_for_log = None
-        dist.all_reduce(counts, group=counted[0].tp_dp_cp_group)
-        shares |= dict(zip(counted, counts / counts.sum(-1, keepdim=True).clamp(min=1), strict=True))
-    return [shares[router] for router in routers]
+    counted = iter(_counted([router for router in routers if not isinstance(router, ZayaRouter)]))
+    shares = [router.class_share if isinstance(router, ZayaRouter) else next(counted) for router in routers]
+    return [share for share in shares if share is not None]
+
+
+def _counted(routers: list[Any]) -> Tensor:
+    """[routers, experts]; starts counting anew."""
+    device = torch.cuda.current_device()
+    counts = torch.zeros(len(routers), routers[0].num_experts if routers else 0, device=device)
+    for row, router in zip(counts, routers, strict=True):
+        if getattr(router, "counts_for_log", None) is not None:
+            row += router.counts_for_log
+            router.counts_for_log = None
+    if routers:
+        dist.all_reduce(counts, group=routers[0].tp_dp_cp_group)
+    return counts / counts.sum(-1, keepdim=True).clamp(min=1)
 
 
 def write_shares(shares: Tensor, iteration: int) -> None:

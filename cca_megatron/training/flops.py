@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 from cca_megatron.plan.attention import MIX
 from cca_megatron.plan.layers import mean_keys
-from cca_megatron.plan.shapes import attention_from_args, router_from_args, window_of
+from cca_megatron.plan.shapes import attention_from_args, moe_layers, router_from_args, window_of
 
 _BACKWARD = 3
 """A step is its forward pass three times: the backward pass computes two gradients for each product."""
@@ -101,7 +101,5 @@ def _attention_layers(args: Namespace) -> Iterator[int]:
 def _count_routers(args: Namespace) -> int:
     if args.hybrid_layer_pattern is not None:
         return args.hybrid_layer_pattern.count("E")
-    frequency = args.moe_layer_freq
-    if isinstance(frequency, int):
-        frequency = [number % frequency == 0 for number in range(args.num_layers)]
-    return sum(frequency) + frequency[-1] * (args.mtp_num_layers or 0)
+    has_experts = moe_layers(args)
+    return sum(has_experts) + has_experts[-1] * (args.mtp_num_layers or 0)

@@ -1,4 +1,4 @@
-"""Values for TensorBoard, and Weights & Biases beside it: at the steps and on the rank that Megatron writes."""
+"""Values for TensorBoard, and Weights & Biases beside it: at the steps and on the rank Megatron writes."""
 
 from typing import Any
 
