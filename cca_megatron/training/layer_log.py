@@ -146,7 +146,7 @@ def _fill(attention: CCASelfAttention, bound: Tensor, squares: Tensor, temperatu
     temperatures[first : first + tau.numel()] = tau.exp() if attention.cca.temperature == "exp" else tau
     for square, weight in zip(squares, (attention.conv0_weight, attention.conv1_weight), strict=True):
         if weight is not None:
-            square += torch.linalg.vector_norm(weight, dtype=torch.float32) ** 2
+            square += weight.float().square().sum()
     if share.part == 0:
         bound += _bound_per_temperature(attention)
 
