@@ -183,13 +183,13 @@ def test_loads_are_those_of_the_whole_batch(train, monkeypatch):
     seen = torch.zeros(LAYERS, 4)
     count_tokens = expert_load.count_tokens
 
+    def count(router, inputs, outputs):
+        seen[router.layer_number - 1] += outputs[1].cpu().sum(0)
+
     def count_twice(chunks):
         for layer in chunks[0].decoder.layers:
             if hasattr(layer.mlp, "router"):
-                row = seen[layer.layer_number - 1]
-                layer.mlp.router.register_forward_hook(
-                    lambda router, inputs, out, row=row: row.add_(out[1].cpu().sum(0))
-                )
+                layer.mlp.router.register_forward_hook(count)
         return count_tokens(chunks)
 
     monkeypatch.setattr(expert_load, "count_tokens", count_twice)
@@ -219,8 +219,29 @@ def test_other_steps_cost_nothing(settings, train, monkeypatch):
     assert not any(hasattr(module, "counts_for_log") for module in chunk.modules())
 
 
-def counted_by_every_sharer(monkeypatch):
-    monkeypatch.setattr(GroupShare, "place", property(lambda self: 0))
+class FirstPlace(GroupShare):
+    place = property(lambda self: 0)
+
+
+def filled_with(share_of):
+    """A way to break the log: what a layer believes of its share of the groups, there only."""
+
+    def mistake(monkeypatch):
+        fill = layer_log._fill
+
+        def broken(attention, *columns):
+            share = attention.group_share
+            attention.group_share = share_of(share)
+            fill(attention, *columns)
+            attention.group_share = share
+
+        monkeypatch.setattr(layer_log, "_fill", broken)
+
+    return mistake
+
+
+counted_by_every_sharer = filled_with(lambda share: FirstPlace(share.num_groups, share.tp_group))
+groups_of_the_first_rank = filled_with(lambda share: replace(share, tp_group=None))
 
 
 def numbered_by_stage(monkeypatch):
@@ -240,29 +261,19 @@ def own_stage_only(monkeypatch):
     monkeypatch.setattr(layer_log, "dist", Namespace(all_reduce=lambda *_, **__: None))
 
 
-def groups_of_the_first_rank(monkeypatch):
-    fill = layer_log._fill
+MISTAKES = {
+    "counted by every sharer": (ONE_GROUP, Layout(tp=2), counted_by_every_sharer),
+    "groups of the first rank": (DENSE, Layout(tp=2), groups_of_the_first_rank),
+    "numbered by stage": (DENSE, Layout(pp=2), numbered_by_stage),
+    "own stage only": (DENSE, Layout(pp=2), own_stage_only),
+    "own tokens only": (ROUTED, Layout(ep=2), own_tokens_only),
+}
 
-    def broken(attention, bound, squares, temperatures):
-        attention.group_share = replace(attention.group_share, tp_group=None)
-        fill(attention, bound, squares, temperatures)
 
-    monkeypatch.setattr(layer_log, "_fill", broken)
-
-
-@pytest.mark.parametrize(
-    ("model", "layout", "mistake"),
-    [
-        (ONE_GROUP, Layout(tp=2), counted_by_every_sharer),
-        (DENSE, Layout(tp=2), groups_of_the_first_rank),
-        (DENSE, Layout(pp=2), numbered_by_stage),
-        (DENSE, Layout(pp=2), own_stage_only),
-        (ROUTED, Layout(ep=2), own_tokens_only),
-    ],
-    ids=lambda x: getattr(x, "__name__", name(x)),
-)
-def test_a_mistake_is_noticed(model, layout, mistake, train, monkeypatch):
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_noticed(mistake, train, monkeypatch):
+    model, layout, make = MISTAKES[mistake]
     expected, _ = train(model, Layout())
-    mistake(monkeypatch)
+    make(monkeypatch)
     got, _ = train(model, layout)
     assert got.scalars != pytest.approx(expected.scalars, rel=1e-6)
