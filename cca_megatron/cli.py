@@ -16,6 +16,7 @@ from rich.table import Table
 from cca_megatron.bench.command import app as bench_app
 from cca_megatron.convert import app as convert_app
 from cca_megatron.generate import generate
+from cca_megatron.plan.command import plan
 from cca_megatron.terminal import console, fail
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(convert_app, name="convert")
 app.command()(generate)
+app.command()(plan)
 
 
 def main() -> None:

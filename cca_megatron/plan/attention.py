@@ -19,6 +19,7 @@ class Attention(ABC):
     """One attention layer, projections included."""
 
     hidden_size: int
+    query_heads: int
 
     @abstractmethod
     def parts(self) -> tuple[Part, ...]:

@@ -1,6 +1,9 @@
 """Parameters, FLOPs and kept bytes of MLPs, experts, layers and the whole model."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from cca_megatron.plan.attention import Attention
 from cca_megatron.plan.parts import Parallel, Part
@@ -214,10 +217,28 @@ class Model:
         """Width of the residual stream."""
         return self.layers[0].hidden_size
 
-    @property
+    @cached_property
+    def kinds(self) -> tuple[Layer, ...]:
+        """The different ones among the layers; there are few, and reckoning goes by them."""
+        return tuple(dict.fromkeys(self.layers))
+
+    @cached_property
+    def kind_of(self) -> tuple[int, ...]:
+        """For every layer, its place in ``kinds``."""
+        place = {layer: number for number, layer in enumerate(self.kinds)}
+        return tuple(place[layer] for layer in self.layers)
+
+    def counted(self, layers: Iterable[int]) -> list[tuple[Layer, int]]:
+        """The kinds among the layers of these numbers, each with how often."""
+        return [
+            (self.kinds[kind], count)
+            for kind, count in Counter(map(self.kind_of.__getitem__, layers)).items()
+        ]
+
+    @cached_property
     def state_width(self) -> int:
         """Of ZAYA's router state, which layers hand on; 0 without."""
-        mlps = (layer.mlp for layer in self.layers)
+        mlps = (layer.mlp for layer in self.kinds)
         routers = [mlp.router for mlp in mlps if isinstance(mlp, Experts)]
         return max((router.width or 0 for router in routers if router.averages), default=0)
 
@@ -242,9 +263,9 @@ class Model:
     def flops(self, sequence: int) -> dict[str, float]:
         """Forward FLOPs per token, by part; a step has three times as many."""
         total = {"output": 2.0 * self.hidden_size * self.vocabulary}
-        for layer in self.layers:
+        for layer, count in self.counted(range(len(self.layers))):
             for name, flops in layer.flops(sequence).items():
-                total[name] = total.get(name, 0.0) + flops
+                total[name] = total.get(name, 0.0) + count * flops
         return total
 
     def cache_bytes(self) -> float:

@@ -7,10 +7,8 @@ above its nominal size (:mod:`cca_megatron.plan.hardware`).
 """
 
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 from cca_megatron.plan.layers import Kept, Layer, Mlp, Model
@@ -77,8 +75,11 @@ def memory_per_gpu(args: Namespace) -> Memory:
 def memory(model: Model, parallel: Parallel, run: Run) -> Memory:
     """The same from shapes."""
     stages = stage_layers(len(model.layers), parallel, run)
+    plain = run if run.recompute != "full" else replace(run, recompute=None)
+    each = [_one_layer(model, layer, parallel, plain) for layer in model.kinds]
     return max(
-        (_of_stage(model, parallel, run, stages, s) for s in range(len(stages))), key=lambda m: m.total
+        (_of_stage(model, parallel, run, stages, stage, each) for stage in range(len(stages))),
+        key=lambda memory: memory.total,
     )
 
 
@@ -109,8 +110,8 @@ def stage_layers(layers: int, parallel: Parallel, run: Run) -> list[list[range]]
 def stage_parts(model: Model, stages: list[list[range]], stage: int) -> list[tuple[Part, int]]:
     """Parameters that a pipeline stage holds, each with how often."""
     is_first, is_last = stage == 0, stage == len(stages) - 1
-    layers = Counter(model.layers[n] for chunk in stages[stage] for n in chunk)
-    parts = [(part, count) for layer, count in layers.items() for part in layer.parts()]
+    layers = model.counted(number for chunk in stages[stage] for number in chunk)
+    parts = [(part, count) for layer, count in layers for part in layer.parts()]
     if is_first:
         parts += [(part, 1) for part in model.embedding_parts()]
     if is_last:
@@ -127,7 +128,14 @@ def micro_batches_under_way(stage: int, parallel: Parallel, run: Run) -> float:
     return min(warm_up + 1, count * parallel.chunks) / parallel.chunks
 
 
-def _of_stage(model: Model, parallel: Parallel, run: Run, stages: list[list[range]], stage: int) -> Memory:
+def _of_stage(
+    model: Model,
+    parallel: Parallel,
+    run: Run,
+    stages: list[list[range]],
+    stage: int,
+    each: list[tuple[float, float, float]],
+) -> Memory:
     parts = stage_parts(model, stages, stage)
     dense = sum(n * part.on_rank(parallel) for part, n in parts if part.cut != "expert")
     routed = sum(n * part.on_rank(parallel) for part, n in parts if part.cut == "expert")
@@ -138,7 +146,7 @@ def _of_stage(model: Model, parallel: Parallel, run: Run, stages: list[list[rang
     optimizer = (dense / shards[0] + routed / shards[1]) * run.optimizer_bytes * run.optimizer_on_gpu
 
     tokens, under_way = run.tokens(parallel), micro_batches_under_way(stage, parallel, run)
-    held = [_held(model, chunk, parallel, run) for chunk in stages[stage]]
+    held = [_held(model, [each[model.kind_of[n]] for n in chunk], parallel, run) for chunk in stages[stage]]
     kept = [bytes_ * tokens for chunk in held for bytes_ in chunk.kept]
     offloaded = sum(chunk.offloaded for chunk in held) * tokens * under_way
     activations = sum(kept) * under_way
@@ -171,14 +179,13 @@ class _Held:
     offloaded: float
 
 
-def _held(model: Model, chunk: range, parallel: Parallel, run: Run) -> _Held:
-    layers = [model.layers[number] for number in chunk]
+def _held(model: Model, layers: list[tuple[float, float, float]], parallel: Parallel, run: Run) -> _Held:
+    """Args: layers, as :func:`_one_layer` gives them without full recomputation."""
     if run.recompute != "full":
-        each = [_one_layer(model, layer, parallel, run) for layer in layers]
         return _Held(
-            tuple(kept for kept, _, _ in each),
-            max((working for _, working, _ in each), default=0.0),
-            sum(offloaded for _, _, offloaded in each),
+            tuple(kept for kept, _, _ in layers),
+            max((working for _, working, _ in layers), default=0.0),
+            sum(offloaded for _, _, offloaded in layers),
         )
     unit = run.recompute_layers
     recomputed = len(layers) if run.recompute_method == "uniform" else min(unit, len(layers))
@@ -186,17 +193,13 @@ def _held(model: Model, chunk: range, parallel: Parallel, run: Run) -> _Held:
     own = parallel.tensor if run.distribute_saved else parallel.sequence_parts
     start = (model.hidden_size * model.residual + model.state_width * model.element) / own
     starts = [start if number % group == 0 else 0.0 for number in range(recomputed)]
-    plain = Run(run.sequence, run.micro_batch, run.global_batch, recompute=None)
-    rest = [_one_layer(model, layer, parallel, plain) for layer in layers]
-    groups = [rest[first : first + group] for first in range(0, recomputed, group)]
+    groups = [layers[first : first + group] for first in range(0, recomputed, group)]
     working = [sum(kept for kept, _, _ in part) + max(work for _, work, _ in part) for part in groups]
-    working += [work for _, work, _ in rest[recomputed:]]
-    return _Held(
-        (*starts, *(kept for kept, _, _ in rest[recomputed:])), max(working, default=0.0), offloaded=0.0
-    )
+    working += [work for _, work, _ in layers[recomputed:]]
+    kept = (*starts, *(kept for kept, _, _ in layers[recomputed:]))
+    return _Held(kept, max(working, default=0.0), offloaded=0.0)
 
 
-@cache
 def _one_layer(model: Model, layer: Layer, parallel: Parallel, run: Run) -> tuple[float, float, float]:
     """Bytes per token: kept on the GPU; alive beside them in the backward pass; on the host."""
     kept = layer.kept(parallel, model.element, model.residual)
@@ -240,7 +243,7 @@ def _buffers(model: Model, parallel: Parallel, run: Run, tokens: float) -> float
         others = {"p2p": 1, "all_gather": parallel.context}.get(run.cp_comm_type, 0)
         # Keys and values of other ranks, and gradients for them, summed in fp32.
         buffers += others * 2 * heads * shape.head_dim * tokens * (model.element + 4)
-    experts = [layer.mlp for layer in set(model.layers) if not isinstance(layer.mlp, Mlp)]
+    experts = [layer.mlp for layer in model.kinds if not isinstance(layer.mlp, Mlp)]
     if experts and parallel.expert * parallel.expert_tensor > 1:
         buffers += hidden * model.element * max(mlp.visits(parallel) for mlp in experts)
     return buffers
