@@ -274,7 +274,7 @@ class Model:
         return sum(layer.attention.cache_elements() for layer in layers) * self.element
 
 
-def mean_keys(sequence: int, window: int | None) -> float:
+def mean_keys(sequence: float, window: int | None) -> float:
     """Keys that a query sees on average, by the usual convention: half of the sequence.
 
     (Exactly it is half a key more.) With a window of w tokens the first w see fewer.

@@ -4,13 +4,11 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cca_megatron.config import CCAConfig
 from cca_megatron.plan.attention import CompressedAttention
 from cca_megatron.plan.layers import Experts, Layer, Mlp, Model, Router
 from cca_megatron.plan.parts import Parallel
 from cca_megatron.training.arguments import cca_config_from_args, zaya_settings_from_args
 from cca_megatron.training.recipe import RecipeError
-from cca_megatron.zaya.settings import ZayaSettings
 
 
 @dataclass(frozen=True)
@@ -66,14 +64,14 @@ def model_from_args(args: Namespace) -> Model:
         RecipeError: a setting that is not reckoned; the message names it.
     """
     refuse(args)
-    cca, zaya = cca_config_from_args(args), zaya_settings_from_args(args)
-    is_moe = _moe_layers(args)
+    zaya = zaya_settings_from_args(args)
+    is_moe = moe_layers(args)
     routed = [number for number, moe in enumerate(is_moe) if moe]
     layers = tuple(
         Layer(
-            attention=_attention(args, cca),
-            mlp=_experts(args, zaya, averages=number > routed[0]) if is_moe[number] else _mlp(args),
-            window=_window(args, number),
+            attention=attention_from_args(args),
+            mlp=_experts(args, averages=number > routed[0]) if is_moe[number] else _mlp(args),
+            window=window_of(args, number + 1),
             norm_parameters=args.hidden_size * (1 + (args.normalization == "LayerNorm")),
             scaled=zaya is not None and zaya.residual_scaling,
             scaled_input=zaya is not None and zaya.residual_scaling and number == 0,
@@ -179,7 +177,9 @@ _NOT_RECKONED: dict[str, Any] = {
 }
 
 
-def _attention(args: Namespace, cca: CCAConfig) -> CompressedAttention:
+def attention_from_args(args: Namespace) -> CompressedAttention:
+    """The attention of every layer."""
+    cca = cca_config_from_args(args)
     return CompressedAttention(
         hidden_size=args.hidden_size,
         query_heads=args.num_attention_heads,
@@ -198,30 +198,41 @@ def _mlp(args: Namespace, ffn: int | None = None) -> Mlp:
     return Mlp(args.hidden_size, ffn or args.ffn_hidden_size, args.swiglu, args.add_bias_linear)
 
 
-def _experts(args: Namespace, zaya: ZayaSettings | None, averages: bool) -> Experts:
-    element = 2 if args.bf16 or args.fp16 else 4
-    width, classes = None, args.num_experts
-    if zaya is not None and zaya.has_mlp_router:
-        width, classes = zaya.router_hidden_size, args.num_experts + zaya.skip_class
-        averages = averages and zaya.depth_averaging
+def _experts(args: Namespace, averages: bool) -> Experts:
     shared = args.moe_shared_expert_intermediate_size
     return Experts(
         expert=_mlp(args, args.moe_ffn_hidden_size),
         count=args.num_experts,
         chosen=args.moe_router_topk,
-        router=Router(
-            args.hidden_size,
-            classes,
-            width,
-            averages,
-            element={"fp32": 4, "fp64": 8}.get(args.moe_router_dtype, element),
-        ),
+        router=router_from_args(args, averages),
         shared=None if shared is None else _mlp(args, shared),
         shared_gate=bool(shared and getattr(args, "moe_shared_expert_gate", False)),
     )
 
 
-def _moe_layers(args: Namespace) -> list[bool]:
+def router_from_args(args: Namespace, averages: bool = False) -> Router:
+    """The router of the layers with experts.
+
+    Args:
+        args: parsed, with experts.
+        averages: a layer before has a router whose state this one may add.
+    """
+    zaya = zaya_settings_from_args(args)
+    width, classes = None, args.num_experts
+    if zaya is not None and zaya.has_mlp_router:
+        width, classes = zaya.router_hidden_size, args.num_experts + zaya.skip_class
+        averages = averages and zaya.depth_averaging
+    element = 2 if args.bf16 or args.fp16 else 4
+    return Router(
+        args.hidden_size,
+        classes,
+        width,
+        averages,
+        element={"fp32": 4, "fp64": 8}.get(args.moe_router_dtype, element),
+    )
+
+
+def moe_layers(args: Namespace) -> list[bool]:
     """For every layer, whether it is a mixture of experts; Megatron's rule."""
     if args.num_experts is None:
         return [False] * args.num_layers
@@ -230,11 +241,12 @@ def _moe_layers(args: Namespace) -> list[bool]:
     return [bool(one) for one in args.moe_layer_freq]
 
 
-def _window(args: Namespace, number: int) -> int | None:
+def window_of(args: Namespace, layer_number: int) -> int | None:
+    """Tokens before a query that a layer sees, counted from 1; None: all."""
     from megatron.core.transformer.utils import is_layer_window_attention
 
     window = args.window_size
-    has_one = is_layer_window_attention(window, args.window_attn_skip_freq, number + 1)
+    has_one = is_layer_window_attention(window, args.window_attn_skip_freq, layer_number)
     return window[0] if has_one and window and window[0] >= 0 else None
 
 

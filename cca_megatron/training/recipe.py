@@ -114,6 +114,8 @@ class Recipe:
                 "exit-signal-handler": True,
                 "override-opt-param-scheduler": True,  # going on with more iterations is no mistake
                 "tensorboard-dir": str(self.tensorboard),
+                "log-throughput": True,
+                "log-timers-to-tensorboard": True,  # step time and throughput
             }
         if self.arguments.get("num-query-groups") is not None:
             implied["group-query-attention"] = True
