@@ -7,9 +7,9 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 command -v "$python" >/dev/null || python=python3
-if [ -f "$root/launch/h100.env" ]; then
-    # shellcheck source=/dev/null  # NCCL, CUDA and cache variables
-    . "$root/launch/h100.env"
+if command -v nvidia-smi >/dev/null; then
+    # shellcheck source=launch/h100.env
+    source "$root/launch/h100.env"
 fi
 export PYTHONUNBUFFERED=1 PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
 exec "$python" -m cca_megatron.cluster.mpi "$@"

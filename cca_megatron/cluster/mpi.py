@@ -202,9 +202,9 @@ def _problem(here: Place, address: str) -> str | None:
 
 def _prepare(path: Path, overrides: list[str], here: Place) -> list[str] | str:
     """Check the recipe and prepare its data; returns the entry's arguments, or what is wrong."""
+    from cca_megatron.cluster.ownership import JobError, refuse_owned_folder
     from cca_megatron.data.sources import DataError
     from cca_megatron.training import session
-    from cca_megatron.training.command import check_data
     from cca_megatron.training.recipe import RecipeError, load_recipe
 
     started = [f"launch.nodes={here.nodes}", f"launch.gpus_per_node={here.local_size}"]
@@ -216,9 +216,9 @@ def _prepare(path: Path, overrides: list[str], here: Place) -> list[str] | str:
             f"MPI: {launch.nodes} host(s) with {launch.gpus_per_node} process(es)"
             + ("" if asked == launch else f"; the recipe's {asked.nodes} with {asked.gpus_per_node} give way")
         )
-        session.ensure_data(command.recipe, console)
-        check_data(command)
-    except (RecipeError, DataError, ValueError, OSError) as error:
+        refuse_owned_folder(command.recipe.output)
+        session.prepare_start(command, console)
+    except (RecipeError, DataError, JobError, ValueError, OSError) as error:
         return str(error)
     return command.argv
 

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from support.small_recipe import small_recipe
 from training.conftest import environment, losses
-from training.test_command_line import recipe
 
 from cca_megatron.cluster.mpi import MPIError, Place, place
 
@@ -60,32 +60,32 @@ def test_hosts_with_different_numbers_of_processes_are_refused():
 
 
 @with_mpi
-def test_mpirun_trains_with_as_many_processes_as_it_started(corpus, tmp_path):
-    path = recipe(corpus, tmp_path, iterations=3)
+def test_mpirun_trains_with_as_many_processes_as_it_started(tmp_path):
+    path = small_recipe(tmp_path, iterations=3)
     run = mpirun(2, tmp_path, path, "launch.gpus_per_node=1", "megatron.expert-model-parallel-size=2")
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output[-4000:]
     assert "MPI: 1 host(s) with 2 process(es); the recipe's 1 with 1 give way" in output
     assert "world size: 2" in output
-    assert sorted(losses(tmp_path / "runs/test/tensorboard")) == [1, 2, 3]
-    assert (tmp_path / "runs/test/checkpoints/latest_checkpointed_iteration.txt").read_text() == "3"
+    assert sorted(losses(tmp_path / "run/tensorboard")) == [1, 2, 3]
+    assert (tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").read_text() == "3"
 
 
 @with_mpi
 @pytest.mark.long
-def test_a_recipe_that_cannot_run_with_these_processes_is_refused_once(corpus, tmp_path):
-    run = mpirun(1, tmp_path, recipe(corpus, tmp_path, iterations=3))
+def test_a_recipe_that_cannot_run_with_these_processes_is_refused_once(tmp_path):
+    run = mpirun(1, tmp_path, small_recipe(tmp_path, iterations=3))
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 1
     assert output.count("error: ") == 1
     assert "must be a multiple of 2, expert_model_parallel_size=2" in output
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @with_mpi
 @pytest.mark.long
-def test_a_signal_saves_and_the_same_command_goes_on(corpus, tmp_path):
-    path = recipe(corpus, tmp_path, iterations=100_000)
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
+    path = small_recipe(tmp_path, iterations=100_000)
     run = mpirun(2, tmp_path, path)
     assert run.stdout is not None
     lines = []
@@ -94,7 +94,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(corpus, tmp_path):
         if "iteration        5/" in line:
             run.send_signal(signal.SIGUSR1)
     assert run.wait(timeout=60) == 0, "".join(lines)[-4000:]
-    saved = int((tmp_path / "runs/test/checkpoints/latest_checkpointed_iteration.txt").read_text())
+    saved = int((tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").read_text())
     assert saved >= 5
     run = mpirun(2, tmp_path, path, f"megatron.train-iters={saved + 2}")
     output, _ = run.communicate(timeout=300)
@@ -106,8 +106,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(corpus, tmp_path):
 
 @with_mpi
 @pytest.mark.long
-def test_a_rank_that_is_killed_ends_the_others(corpus, tmp_path):
-    run = mpirun(2, tmp_path, recipe(corpus, tmp_path, iterations=100_000))
+def test_a_rank_that_is_killed_ends_the_others(tmp_path):
+    run = mpirun(2, tmp_path, small_recipe(tmp_path, iterations=100_000))
     assert run.stdout is not None
     for line in run.stdout:
         if "iteration        5/" in line:
