@@ -242,10 +242,11 @@ def _report(command: Command, console: Console) -> None:
         expert_load.plot_shares(shares, command.args.num_experts, picture)
         lines.append(("experts", expert_load.describe_shares(shares, command.args.num_experts)))
         lines.append(("", str(picture.resolve())))
-    lines += [
-        ("next", f"train longer: {_again(recipe, 'megatron.train-iters=N')}"),
-        ("", f"try a variant: {_again(recipe, 'cca.temperature=exp', 'output=runs/exp')}"),
-    ]
+    if recipe.launch.nodes == 1:
+        lines += [
+            ("next", f"train longer: {_again(recipe, 'megatron.train-iters=N')}"),
+            ("", f"try a variant: {_again(recipe, 'cca.temperature=exp', 'output=runs/exp')}"),
+        ]
     console.print()
     for name, text in lines:
         console.print(f"{name:<16}{text}", markup=False, soft_wrap=True)
