@@ -229,7 +229,6 @@ def test_settings_that_are_advised_exist():
     megatron = {setting for section, setting in named if section == "megatron"}
     parser = add_arguments("cpu")(add_megatron_arguments(ArgumentParser()))
     known = {option.lstrip("-") for option in parser._option_string_actions}
-    known |= {"loss-chunk-size"}  # comes with the chunked loss
     assert megatron <= known, megatron - known
     assert {setting for section, setting in named if section == "cca"} <= set(CCAConfig.__dataclass_fields__)
     launch = {setting for section, setting in named if section == "launch"}
