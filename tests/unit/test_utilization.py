@@ -88,9 +88,16 @@ def test_what_is_added_is_what_convs_and_router_compute():
     assert flops.uncounted_flops(args, sequence=512) == pytest.approx(expected, rel=1e-12)
 
 
-def test_packed_documents_are_counted_by_their_tokens_and_lengths():
-    args = arguments("recipes/quickstart")
-    documents = [100, 28, 300]
+@pytest.mark.parametrize(
+    ("recipe", "documents"),
+    [
+        ("recipes/quickstart", [100, 28, 300]),
+        ("models/zaya1_tiny", [200, 200]),  # longer than the window
+        ("models/zaya1_tiny", [100, 100, 100]),
+    ],
+)
+def test_packed_documents_are_counted_by_their_tokens_and_lengths(recipe, documents):
+    args = arguments(recipe)
     tokens, squares = sum(documents), sum(n * n for n in documents)
     got = corrected(args, 1, seqlen_squared_sum_in_batch=squares, total_real_tokens_in_batch=tokens)
     model = model_from_args(args)
