@@ -51,7 +51,9 @@ def test_a_plan_takes_less_than_five_seconds(tmp_path):
     """Of this process's CPU, which on a machine with nothing else to do is about the time to wait."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "cca_megatron.cli", "plan", str(ZAYA)]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        command, cwd=tmp_path, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < LIMIT
 
@@ -69,7 +71,15 @@ def test_megatron_is_imported_without_a_compiler(tmp_path):
 
 def test_other_attention_and_lengths_stand_beside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = (ZAYA, "--compare", "mha,gqa,mla", "--seq-length", "32768,131072", "--plot", tmp_path / "plan.png")
+    words = (
+        ZAYA,
+        "--compare",
+        "mha,gqa,mla",
+        "--seq-length",
+        "32768,131072",
+        "--plot",
+        tmp_path / "plan.png",
+    )
     found = figures(tmp_path, *words)
     assert [(one["attention"], one["sequence"]) for one in found] == [
         (kind, length) for length in (32768, 131072) for kind in ("cca", "mha", "gqa", "mla")
@@ -92,7 +102,13 @@ def test_more_gpus_take_less_time(gpus, tmp_path, monkeypatch):
 
 def test_four_million_tokens_are_planned_and_found_too_long(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = (ZAYA, "megatron.context-parallel-size=8", "megatron.global-batch-size=8", "--seq-length", 4 * 2**20)
+    words = (
+        ZAYA,
+        "megatron.context-parallel-size=8",
+        "megatron.global-batch-size=8",
+        "--seq-length",
+        4 * 2**20,
+    )
     assert "does not fit" in plan(*words)
 
 

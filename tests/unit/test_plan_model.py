@@ -60,7 +60,9 @@ def counted_flops(model, tokens) -> float:
     with FlopCounterMode(display=False, custom_mapping={flash: core}) as counter:
         model(tokens, torch.arange(tokens.shape[1])[None].expand_as(tokens), None, labels=tokens)
     by_operation = counter.get_flop_counts()["Global"]
-    of_core = sum(flops for operation, flops in by_operation.items() if "scaled_dot_product" in str(operation))
+    of_core = sum(
+        flops for operation, flops in by_operation.items() if "scaled_dot_product" in str(operation)
+    )
     return counter.get_total_flops() - of_core, of_core
 
 
@@ -211,7 +213,9 @@ def test_compared_attention_has_the_parameters_of_megatrons(kind, tmp_path):
         attention = build_module(spec, config=config, layer_number=1)
     # Megatron's local MLA spec leaves the latents' norm out.
     norm = 64 if kind == "mla" else 0
-    assert sum(part.count for part in planned.parts()) == norm + sum(p.numel() for p in attention.parameters())
+    assert sum(part.count for part in planned.parts()) == norm + sum(
+        p.numel() for p in attention.parameters()
+    )
 
 
 @pytest.mark.parametrize(
