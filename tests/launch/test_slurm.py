@@ -74,7 +74,7 @@ def test_a_killed_worker_costs_the_steps_since_the_checkpoint(cluster, curve, ru
 
 @pytest.mark.long
 def test_a_worker_that_hangs_is_found(cluster, curve, run):
-    job = cluster.submit(run, "launch.hang_minutes=0.15")
+    job = cluster.submit(run, "launch.hang_minutes=0.5")
     cluster.wait("it trains", lambda: run.reached(25))
     (worker,) = cluster.workers("node1")
     cluster.control("on-node", "node1", "kill", "-STOP", worker)
