@@ -2,11 +2,12 @@
 
     python -m cca_megatron.plan.recipes configs/recipes/ccgqa_7b_*.yaml
 
-prints them as a Markdown table, one row for a recipe: GPUs of the axes, tokens per step, what is computed twice
-or lies elsewhere to save memory, and for H100s the planner's model of the rest. docs/recipes.md shows it.
+prints them as a Markdown table, one row for a recipe: GPUs of the axes, tokens of a step, what is computed
+twice or lies elsewhere to save memory, and for H100s the planner's model of the rest.
 """
 
 import argparse
+import logging
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("recipes", nargs="+", type=Path, help="such as configs/recipes/ccgqa_7b_*.yaml")
     paths = parser.parse_args().recipes
     load_megatron("cpu")
+    logging.disable(logging.WARNING)  # Megatron's own go to the standard output, into the table
     try:
         print(table({path.stem: build_command(load_recipe(path, []), "cpu").args for path in paths}))
     except RecipeError as error:
