@@ -1,4 +1,4 @@
-"""Peak memory and time of the output layer and the loss on the CPU in fp32: all tokens at once, in chunks.
+"""Peak memory of the output layer and the loss on the CPU in fp32: all tokens at once, in chunks.
 
     python benchmarks/loss_memory.py --json benchmarks/results/memory/loss.json --plot docs/loss_memory.png
 
@@ -8,7 +8,6 @@ of its own: the peak of its resident memory beside what it holds before (librari
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def main() -> None:
         row = {"chunk_size": chunk_size, **json.loads(output.splitlines()[-1])}
         rows.append(row)
         times, name = rows[0]["bytes"] / row["bytes"], chunk_size or "all tokens"
-        print(f"{name:>10}  {row['bytes'] / 1e9:.2f} GB  {times:.1f}x  {row['seconds']} s", flush=True)
+        print(f"{name:>10}  {row['bytes'] / 1e9:.2f} GB  {times:.1f}x", flush=True)
     result = {
         **{name: getattr(args, name) for name in ("tokens", "vocabulary", "hidden")},
         "rows": rows,
@@ -50,8 +49,8 @@ def main() -> None:
         plot(result, args.plot)
 
 
-def step(tokens: int, vocabulary: int, hidden: int, case: str) -> dict[str, float]:
-    """Peak bytes and seconds of one forward and backward pass, with "all" logits or this size of a chunk."""
+def step(tokens: int, vocabulary: int, hidden: int, case: str) -> dict[str, int]:
+    """Peak bytes of one forward and backward pass, with "all" logits or this size of a chunk."""
     from cca_megatron.training import cpu_backend
 
     cpu_backend.install()
@@ -83,7 +82,7 @@ def step(tokens: int, vocabulary: int, hidden: int, case: str) -> dict[str, floa
     states = torch.randn(tokens, 1, hidden, requires_grad=True)
     labels = torch.randint(0, vocabulary, (1, tokens))
     layer.weight.main_grad.zero_()  # it is in memory from the first step on
-    memory, started = PeakBytes(), time.perf_counter()
+    memory = PeakBytes()
     if case == "all":
         losses = language.compute_language_model_loss(labels, layer(states)[0])
     else:
@@ -97,7 +96,7 @@ def step(tokens: int, vocabulary: int, hidden: int, case: str) -> dict[str, floa
             scale_logits=language._scale_logits,
         )
     losses.mean().backward()
-    return {"bytes": memory.beside(), "seconds": round(time.perf_counter() - started, 1)}
+    return {"bytes": memory.beside()}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
