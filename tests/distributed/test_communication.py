@@ -32,7 +32,12 @@ AXES = {
     "pipeline": (DENSE, {}, Layout(pp=2), {}),
     "interleaved pipeline": (DENSE, {}, Layout(pp=2, vpp=2), {"num_layers_per_virtual_pipeline_stage": 1}),
     "experts": (MOE, {}, Layout(ep=2), {}),
-    "experts under tensor parallelism": (MOE, {}, Layout(tp=2, sp=True, ep=2), {"expert_tensor_parallel_size": 1}),
+    "experts under tensor parallelism": (
+        MOE,
+        {},
+        Layout(tp=2, sp=True, ep=2),
+        {"expert_tensor_parallel_size": 1},
+    ),
     "zaya over stages": (ZAYA, {"zaya": ZAYA_PARTS}, Layout(pp=2), {}),
     "data": (DENSE, {}, Layout(), {}),
     "data, whole optimizer": (DENSE, {}, Layout(), {"use_distributed_optimizer": False}),
