@@ -100,7 +100,7 @@ def built(args: Namespace) -> GPTModel:
 
 
 class _NormOfAGpu(torch.autograd.Function):
-    """What the norms of a GPU keep: input, weight, and one number per row (PyTorch on a CPU keeps two fp32 copies)."""
+    """What norms keep on a GPU: input, weight, one number per row. PyTorch on a CPU keeps two fp32 copies."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
