@@ -1,9 +1,9 @@
 """Memory of one GPU in a training step, in bytes.
 
-The peak is what stays (weights, gradients, optimizer, activations of the micro-batches under way, buffers) and
-the larger of two things that come and go: logits with their gradient, and the layer that is in its backward
-pass. The CUDA context, NCCL's own buffers and fragmentation are not in it; they take what is left of the GPU
-above its nominal size (:mod:`cca_megatron.plan.hardware`).
+The peak is what stays (weights, gradients, optimizer, activations of the micro-batches under way, buffers)
+and the larger of two things that come and go: logits with their gradient, and the layer that is in its
+backward pass. The CUDA context, NCCL's own buffers and fragmentation are not in it; they take what is left of
+the GPU above its nominal size (:mod:`cca_megatron.plan.hardware`).
 """
 
 from argparse import Namespace

@@ -157,6 +157,8 @@ def refuse(args: Namespace) -> None:
         if value not in (plain, None, False):
             works = str(plain).lower() if isinstance(plain, bool) else plain
             raise RecipeError(f"{name}={value!r}: the planner does not reckon it; {name}={works} works")
+    if args.add_qkv_bias and not args.add_bias_linear:  # with the latter Megatron sets the former
+        raise RecipeError("add_qkv_bias=True: the planner does not reckon it alone; add_qkv_bias=false works")
 
 
 _NOT_RECKONED: dict[str, Any] = {
@@ -167,7 +169,6 @@ _NOT_RECKONED: dict[str, Any] = {
     "use_megatron_fsdp": False,
     "use_torch_fsdp2": False,
     "cpu_offloading": False,
-    "add_qkv_bias": False,
     "moe_latent_size": None,
     "moe_expert_capacity_factor": None,
     "optimizer": "adam",
