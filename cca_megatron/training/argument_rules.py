@@ -273,8 +273,8 @@ def _loss_rules(args: Namespace) -> _Rules:
         (
             args.use_megatron_fsdp or args.use_torch_fsdp2 or args.tensor_parallel_num_weight_shards,
             f"{setting} with use_megatron_fsdp, use_torch_fsdp2 or tensor_parallel_num_weight_shards: they "
-            "gather and free the output weight around every call of its layer; use_distributed_optimizer=true "
-            "works",
+            "expect one gradient of the output weight in a backward pass, not one of each chunk; "
+            "use_distributed_optimizer=true works",
         ),
         (
             args.defer_embedding_wgrad_compute,

@@ -50,9 +50,9 @@ def add_arguments(device: Device) -> Callable[[ArgumentParser], ArgumentParser]:
             "--loss-chunk-size",
             type=int,
             metavar="TOKENS",
-            help="Compute the loss of so many tokens at a time, and their logits again in the backward pass. The "
-            "logits of all tokens are then never in memory: 137 GB for 128k tokens and a vocabulary of 262k. "
-            "Loss and gradients stay the same; the output layer takes 4 matrix products instead of 3. "
+            help="Compute the loss of so many tokens at a time, and their logits again in the backward pass, "
+            "so that those of all tokens are never in memory: 137 GB for 128k tokens and a vocabulary of "
+            "262k. Loss and gradients stay the same; the output layer takes 4 matrix products instead of 3. "
             "4096 suits long sequences on a GPU; see docs/long-context.md. Off by default.",
         )
         # CCA is causal: a mask would be built, moved and ignored for every sample.

@@ -5,6 +5,8 @@ import torch
 from support.chunked_loss import assert_same, computed, in_double
 from support.megatron import Layout
 
+from cca_megatron.training import loss as loss_module
+
 LAYOUTS = [
     Layout(tp=2),
     Layout(tp=2, sp=True),
@@ -35,3 +37,24 @@ def test_gradients_that_are_reduced_while_others_are_made():
     """Megatron then waits for each parameter's hook, once."""
     ddp = {"overlap_grad_reduce": True, "use_distributed_optimizer": True, "bucket_size": 1000}
     assert_same(computed(Layout(), None, ddp=ddp), computed(Layout(), 12, ddp=ddp), 1e-6)
+
+
+def test_a_hidden_gradient_that_is_not_summed_is_noticed():
+    def prepare(model):
+        model.output_layer.allreduce_dgrad, model.output_layer.disable_grad_reduce = False, True
+
+    with pytest.raises(AssertionError, match="gradient of .* relative error"):
+        assert_same(computed(Layout(tp=2), None), computed(Layout(tp=2), 12, prepare=prepare), 1e-6)
+
+
+def test_labels_of_another_rank_are_noticed(monkeypatch):
+    """A chunk holds the same positions of both halves of a sequence."""
+    right = loss_module._Head.losses
+    monkeypatch.setattr(
+        loss_module._Head,
+        "losses",
+        lambda self, hidden, weight, labels: right(self, hidden, weight, labels.flip(1)),
+    )
+    layout = Layout(tp=2, sp=True)
+    with pytest.raises(AssertionError, match="losses: relative error"):
+        assert_same(computed(layout, None), computed(layout, 12), 1e-6)

@@ -62,7 +62,9 @@ def computed(
             prepare(model)
         wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(**(ddp or {})), model)
         losses = _forward_backward(wrapped, chunk_size, layout)
-        results = {f"gradient of {n}": p.main_grad.clone() for n, p in model.named_parameters()}
+        results = {
+            f"gradient of {n}": p.main_grad.clone() for n, p in model.named_parameters() if p.requires_grad
+        }
     return {"losses": torch.cat(losses), **results} if losses else results
 
 

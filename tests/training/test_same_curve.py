@@ -94,6 +94,28 @@ VARIANTS = {
         "--expert-model-parallel-size 2 --moe-token-dispatcher-type allgather",
     ),
     "experts, pipeline": ("experts", 2, "--pipeline-model-parallel-size 2"),
+    "documents, loss in chunks": (
+        "documents",
+        2,
+        "--tensor-model-parallel-size 2 --sequence-parallel --eval-micro-batch-size 1 --loss-chunk-size 24",
+    ),
+    "data parallel, loss in chunks": (
+        "dense",
+        2,
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --loss-chunk-size 24",
+    ),
+    "pipeline, loss in chunks": ("dense", 2, "--pipeline-model-parallel-size 2 --loss-chunk-size 24"),
+    "conversations, context, loss in chunks": (
+        "conversations",
+        2,
+        "--context-parallel-size 2 --loss-chunk-size 7",
+    ),
+    "zaya, full recompute, loss in chunks": (
+        "zaya",
+        1,
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+        " --loss-chunk-size 24",
+    ),
     "zaya, experts": ("zaya", 2, "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"),
     "zaya, tensor": ("zaya", 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "zaya, pipeline": ("zaya", 2, "--pipeline-model-parallel-size 2"),
@@ -104,7 +126,7 @@ VARIANTS = {
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     ),
 }
-QUICK = ["documents, context, evaluation by one"]
+QUICK = ["documents, context, evaluation by one", "documents, loss in chunks"]
 # A high balancing rate, so that the biases move the choice of experts within a few steps.
 ZAYA = """
     --zaya --zaya-router-hidden-size 12 --zaya-balancing-rate 0.05
