@@ -18,7 +18,7 @@ from cca_megatron.cluster.preflight.check import rounds
 from cca_megatron.cluster.preflight.judge import Verdict, judge
 from cca_megatron.cluster.preflight.measures import Limits
 from cca_megatron.cluster.preflight.node import disk_rates
-from cca_megatron.cluster.preflight.report import ExchangeReport, NodeReport
+from cca_megatron.cluster.preflight.report import ExchangeReport, NodeReport, wait_for, write_json
 from cca_megatron.cluster.preflight.show import show
 
 # In the form that nvidia-smi gives these fields; written for this test, not recorded on a machine.
@@ -130,6 +130,16 @@ def test_a_node_that_does_not_answer_is_named():
     assert [(f.node, f.text[:14]) for f in result.findings] == [("node2", "did not answer")]
 
 
+def test_nobody_waits_longer_than_agreed_for_a_file(tmp_path):
+    write_json(tmp_path / "a.json", {"here": 1})
+    files = {name: tmp_path / f"{name}.json" for name in "ab"} | {"c": tmp_path / "no folder" / "c.json"}
+    said = []
+    begun = time.monotonic()
+    assert wait_for(files, 0.5, lambda done, of: said.append((done, of))) == {"a": {"here": 1}}
+    assert 0.5 <= time.monotonic() - begun < 20
+    assert said[-1] == (1, 3)
+
+
 def test_of_nodes_that_cannot_exchange_the_one_without_a_working_neighbour_is_blamed():
     result = verdict(broken="node2")
     assert [finding.node for finding in result.findings] == ["node2"]
@@ -236,14 +246,14 @@ from pathlib import Path
 from cca_megatron.cluster.preflight.allocation import Allocation
 from cca_megatron.cluster.preflight.check import check
 from cca_megatron.cluster.preflight.measures import Limits
-allocation = Allocation(sys.argv[1], ("node1", "node2", "node3"), "127.0.0.1", Path(sys.argv[2]))
-verdict = check(allocation, Limits(least=0.15), 60, lambda *progress: None)
+allocation = Allocation(sys.argv[1], ("node1", "node2"), "127.0.0.1", Path(sys.argv[2]))
+verdict = check(allocation, Limits(least=0.15), 300, lambda *progress: None)
 sys.exit(0 if verdict is None else len(verdict.findings))
 """
 
 
 @pytest.mark.long
-def test_a_slow_and_a_missing_node_among_real_ones(tmp_path):
+def test_a_slow_node_is_found_by_measurement(tmp_path):
     (tmp_path / "slow").mkdir()
     (tmp_path / "slow/sitecustomize.py").write_text(SLOW)
     path = os.pathsep.join([str(tmp_path / "slow"), os.environ.get("PYTHONPATH", "")])
@@ -253,13 +263,13 @@ def test_a_slow_and_a_missing_node_among_real_ones(tmp_path):
         )
         for name, more in (("node1", {}), ("node2", {"PYTHONPATH": path}))
     ]
-    statuses = [process.wait(timeout=500) for process in processes]
+    statuses = [process.wait(timeout=600) for process in processes]
     report = json.loads((tmp_path / "check/report.json").read_text())
-    findings = {finding["node"]: finding["text"] for finding in report["findings"]}
-    assert findings["node3"].startswith("did not answer")
-    assert findings["node2"].startswith("GEMM of rank")
-    assert statuses == [2, 0]
-    assert report["bad_nodes"] == ["node2", "node3"]
+    assert statuses == [1, 0], report["findings"]
+    (finding,) = report["findings"]
+    assert finding["node"] == "node2"
+    assert finding["text"].startswith("GEMM of rank")
+    assert report["bad_nodes"] == ["node2"]
     assert report["together"]["all_reduce"] > 0
     assert abs(report["skew"]["node2"]) < 0.5
     assert {"write", "read", "p2p_across"} <= report["reports"]["node1"]["rates"].keys()
