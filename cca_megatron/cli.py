@@ -1,4 +1,4 @@
-"""The command line: ``cca-megatron train | data | convert | generate | doctor | bench``.
+"""The command line: ``cca-megatron train | plan | data | convert | generate | doctor | bench``.
 
 Imports are inside the commands, so that ``--help`` answers at once.
 """
