@@ -1,4 +1,4 @@
-"""The command line: ``cca-megatron train | submit | status | data | convert | generate | doctor | bench``.
+"""The command line: ``cca-megatron train | submit | status | diagnose | preflight | plan | data | ...``.
 
 Imports are inside the commands, so that ``--help`` answers at once.
 """

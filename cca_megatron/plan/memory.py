@@ -223,7 +223,7 @@ def _logits(model: Model, parallel: Parallel, run: Run, tokens: float) -> float:
     both = model.element if run.in_place_loss or model.element == 4 else model.element + 4
     at_once = tokens if run.loss_chunk is None else min(tokens, run.loss_chunk)
     logits = at_once * model.vocabulary / parallel.tensor * both
-    gathered = tokens * model.hidden_size * model.element * (parallel.sequence_parts > 1)
+    gathered = at_once * model.hidden_size * model.element * (parallel.sequence_parts > 1)
     return logits + gathered
 
 

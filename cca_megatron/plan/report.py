@@ -38,7 +38,7 @@ def show_comparison(console: Console, plans: list[Plan]) -> None:
         "cache, B",
         "memory, GB",
         "step, s",
-        "tokens/s/GPU",
+        "tok/s/GPU",
         "MFU",
     )
     for plan in plans:

@@ -163,6 +163,14 @@ def test_logits_are_held_as_often_as_reckoned(tmp_path):
     assert memory.logits + memory.activations == pytest.approx(live.peak - table, rel=0.05)
 
 
+def test_a_loss_in_chunks_holds_the_logits_of_one(tmp_path):
+    args = arguments(tmp_path, DENSE, {})
+    args.loss_chunk_size = None
+    whole = memory_per_gpu(args).logits
+    args.loss_chunk_size = 16
+    assert memory_per_gpu(args).logits == whole * 16 / (2 * SEQUENCE)
+
+
 def test_weights_gradients_and_optimizer_are_shared_as_megatron_says(tmp_path):
     args = arguments(tmp_path, DENSE, {}, gpus=4, global_batch_size=8, use_distributed_optimizer=True)
     parameters = sum(part.count for part in model_from_args(args).parts())
