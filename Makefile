@@ -4,7 +4,7 @@
 # make gpu-test     on a machine with GPUs: the quick tests on them, over NCCL where there are two or more
 # make gpu-bench    on a machine with a GPU: measure the kernels, make plots and the README's table (8 minutes)
 # make bridge-test  ZAYA in Megatron-Bridge, in an environment of its own (.venv-bridge, 5 GB)
-# make lint         format and type checks
+# make lint         checks of format, types, shell scripts and Dockerfiles
 # PYTHON=/path/to/python3.12 chooses the interpreter.
 
 SHELL := bash
@@ -59,6 +59,8 @@ lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
+	$(BIN)/shellcheck -x -P . $(wildcard launch/*.sh launch/*.env slurm/* docker/*.sh scripts/*.sh tests/launch/*.sh) .ci/run
 
 clean:
 	rm -rf .venv .venv-bridge .mypy_cache .pytest_cache .ruff_cache build *.egg-info

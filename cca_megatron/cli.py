@@ -1,4 +1,4 @@
-"""The command line: ``cca-megatron train | data | convert | generate | doctor | bench``.
+"""The command line: ``cca-megatron train | submit | status | diagnose | preflight | plan | data | ...``.
 
 Imports are inside the commands, so that ``--help`` answers at once.
 """
@@ -14,8 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from cca_megatron.bench.command import app as bench_app
+from cca_megatron.cluster.command import status, submit
+from cca_megatron.cluster.diagnose import diagnose
+from cca_megatron.cluster.preflight.command import preflight
 from cca_megatron.convert import app as convert_app
 from cca_megatron.generate import generate
+from cca_megatron.plan.command import plan
 from cca_megatron.terminal import console, fail
 
 app = typer.Typer(
@@ -32,6 +36,11 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(convert_app, name="convert")
 app.command()(generate)
+app.command()(submit)
+app.command()(status)
+app.command()(diagnose)
+app.command()(plan)
+app.command()(preflight)
 
 
 def main() -> None:
@@ -64,6 +73,7 @@ def train(
     checkpoint; Ctrl-C saves one and stops. Without a GPU the CPU backend is used; `CCA_DEVICE=cpu` or
     `CCA_DEVICE=cuda` decides otherwise.
     """
+    from cca_megatron.cluster.ownership import JobError, refuse_owned_folder
     from cca_megatron.data.sources import DataError
     from cca_megatron.training import session
     from cca_megatron.training.launch import TrainingError
@@ -75,9 +85,10 @@ def train(
             print(command.text())
             return
         session.check_machine(command.recipe, device)
+        refuse_owned_folder(command.recipe.output)
         if not session.train(command, device, console):
             raise typer.Exit(130)
-    except (RecipeError, DataError, TrainingError, ValueError, OSError) as error:
+    except (RecipeError, DataError, JobError, TrainingError, ValueError, OSError) as error:
         fail(error)
 
 

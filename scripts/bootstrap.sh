@@ -61,7 +61,7 @@ stamp=$venv/.installed${extras:+-$extras}
 wanted=$(cat pyproject.toml constraints.txt scripts/bootstrap.sh | sha256sum | cut -d' ' -f1)
 [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
 
-[ -x "$venv/bin/python" ] && works "$venv/bin/python" || make_venv
+works "$venv/bin/python" || make_venv
 echo "installing cca-megatron${extras:+ with extras: $extras} into $venv (about 5 GB, mostly PyTorch with CUDA)"
 quiet=--quiet
 [ -t 1 ] && quiet=

@@ -30,6 +30,7 @@ from torch import Tensor
 from cca_megatron._compat import PackedSeqParams, TransformerConfig
 from cca_megatron.parallel.context import ContextShard
 from cca_megatron.parallel.packed import context_shard, host_document_starts
+from cca_megatron.training import heartbeat
 from cca_megatron.training.arguments import cca_config_from_args, is_packed
 from cca_megatron.training.loss import chunked_loss
 
@@ -122,6 +123,7 @@ def forward_step(
     return_schedule_plan: bool = False,
 ) -> tuple[Any, partial[Any]]:
     """One micro-batch through the model: its output, and the loss as a function of the output."""
+    heartbeat.beat()
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     with _straggler(bdata=True):

@@ -8,8 +8,9 @@ from typing import Any
 from cca_megatron.config import CCAConfig
 from cca_megatron.zaya.settings import ZayaSettings
 
-_TRACKER = "latest_checkpointed_iteration.txt"
-_INDEX, _RELEASE = ".metadata", "release"
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Megatron's file that names the checkpoint to load, written when that is whole."""
+_INDEX, RELEASE = ".metadata", "release"
 
 # Settings that give the weights their shapes or their meaning.
 # fmt: off
@@ -48,7 +49,7 @@ _OWN_SETTINGS = [name for name in _DEFAULTS if name.partition("_")[2] not in _NO
 
 def latest_iteration(directory: str | Path) -> int | None:
     """The iteration that Megatron would resume from, or None if there is no checkpoint."""
-    tracker = Path(directory) / _TRACKER
+    tracker = Path(directory) / TRACKER
     if not tracker.is_file():
         return None
     text = tracker.read_text().strip()
@@ -92,7 +93,7 @@ def open_checkpoint(directory: str | Path, step: int | None = None) -> tuple[Pat
 
 def _latest(root: Path) -> Path:
     iteration = latest_iteration(root)
-    return root / _RELEASE if iteration is None else iteration_directory(root, iteration)
+    return root / RELEASE if iteration is None else iteration_directory(root, iteration)
 
 
 def iteration_directory(directory: str | Path, iteration: int) -> Path:

@@ -26,6 +26,28 @@ _FP32_RESIDUAL = "--fp32-residual-connection"
 
 
 @dataclass(frozen=True)
+class Rendezvous:
+    """Where the nodes of a run meet, and which of them this is."""
+
+    host: str
+    """Of node 0, as all nodes reach it."""
+    port: int
+    node_rank: int
+    patience: int
+    """Seconds that a node waits for the others."""
+
+    def options(self, nodes: int) -> list[str]:
+        """Of torchrun."""
+        return [
+            f"--nnodes={nodes}",
+            f"--node-rank={self.node_rank}",
+            f"--master-addr={self.host}",
+            f"--master-port={self.port}",
+            f"--rdzv-conf=timeout={self.patience}",
+        ]
+
+
+@dataclass(frozen=True)
 class Command:
     """A checked run: what torchrun starts, and the arguments as Megatron will see them."""
 
@@ -35,13 +57,14 @@ class Command:
     args: Namespace
     """The same, parsed and completed by Megatron."""
 
-    def torchrun(self) -> list[str]:
-        """The process to start on this machine."""
+    def torchrun(self, rendezvous: Rendezvous | None = None) -> list[str]:
+        """The process to start on this machine; without a rendezvous it is the only one."""
+        where = ["--standalone"] if rendezvous is None else rendezvous.options(self.recipe.launch.nodes)
         return [
             sys.executable,
             "-m",
             "torch.distributed.run",
-            "--standalone",
+            *where,
             f"--nproc-per-node={self.recipe.launch.gpus_per_node}",
             "--module",
             MODULE,

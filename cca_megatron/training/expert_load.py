@@ -1,4 +1,4 @@
-"""The share of the tokens that each class of ZAYA's routers gets: logged while training, drawn after it."""
+"""The share of the tokens that each expert gets: counted and logged while training, drawn after it."""
 
 from pathlib import Path
 from typing import Any
@@ -6,41 +6,80 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-_TENSOR, _LARGEST, _SKIPPED = "expert share", "expert load/largest", "expert load/skipped"
+from cca_megatron._compat import TopKRouter
+from cca_megatron.training.arguments import zaya_settings_from_args
+from cca_megatron.training.tensorboard import logged_iteration
+from cca_megatron.zaya.router import ZayaRouter
+
+_TENSOR = "expert share"
 _PANELS = 8
 
 
-def finalize_and_log(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
-    """Finish the gradients, update the balancing biases, and log the shares that they were updated by.
+def num_classes(settings: Any) -> int:
+    """What the routers of these arguments choose among: the experts, and ZAYA's class that skips them."""
+    zaya = zaya_settings_from_args(settings)
+    skips = zaya is not None and zaya.has_mlp_router and zaya.skip_class
+    return (settings.num_experts or 0) + skips
 
-    TensorBoard gets the largest share of any expert, as a multiple of an even one, and the share of tokens
-    that skip, both over all layers; and every ``log_interval`` iterations all shares, [layers, classes].
+
+def count_tokens(model: list[Any]) -> list[Any]:
+    """Let Megatron's routers count what they choose at the steps that are logged; ZAYA's count by themselves.
+
+    A hook for Megatron's ``pre_wrap_hooks``: it takes the chunks of a stage, and returns them. With CUDA
+    graphs nothing is counted: this would run when they are captured, and not when they are replayed.
     """
-    from megatron.training import get_args, get_tensorboard_writer
+    for chunk in model:
+        if chunk.config.cuda_graph_impl != "none":
+            continue
+        for router in chunk.modules():
+            if isinstance(router, TopKRouter) and not isinstance(router, ZayaRouter):
+                router.register_forward_hook(_count)
+    return model
 
-    from cca_megatron._compat import parallel_state
-    from cca_megatron.zaya.balancing import finalize_and_balance, routers_of
 
-    finalize_and_balance(model, *args, **kwargs)
-    settings = get_args()
-    iteration = settings.curr_iteration + 1
-    if not settings.tensorboard_dir or iteration % settings.tensorboard_log_interval:
-        return
-    classes = settings.num_experts + settings.zaya_skip_class
-    shares = torch.zeros(settings.num_layers, classes, device=torch.cuda.current_device())
-    for router in routers_of(model):
-        assert router.class_share is not None
-        shares[router.layer_number - 1] = router.class_share
-    dist.all_reduce(shares, group=parallel_state.get_pipeline_model_parallel_group())
+def _count(router: Any, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
+    from megatron.training import get_args
+
+    # Once per token: neither in evaluation nor in the first of two passes of recomputation.
+    if router.training and torch.is_grad_enabled() and logged_iteration(get_args()) is not None:
+        counts = outputs[1].sum(0)
+        earlier = getattr(router, "counts_for_log", None)
+        router.counts_for_log = counts if earlier is None else earlier + counts
+
+
+def shares_of(routers: list[TopKRouter]) -> list[Tensor]:
+    """For each router [classes], the share of the tokens of the global batch that each class got.
+
+    Where a token visits several experts, of its visits. All ranks that hold these layers must call it
+    together: the counts of Megatron's routers are summed over them, in one all-reduce.
+    """
+    counted = iter(_counted([router for router in routers if not isinstance(router, ZayaRouter)]))
+    shares = [router.class_share if isinstance(router, ZayaRouter) else next(counted) for router in routers]
+    return [share for share in shares if share is not None]
+
+
+def _counted(routers: list[Any]) -> Tensor:
+    """[routers, experts]; starts counting anew."""
+    device = torch.cuda.current_device()
+    counts = torch.zeros(len(routers), routers[0].num_experts if routers else 0, device=device)
+    for row, router in zip(counts, routers, strict=True):
+        if getattr(router, "counts_for_log", None) is not None:
+            row += router.counts_for_log
+            router.counts_for_log = None
+    if routers:
+        dist.all_reduce(counts, group=routers[0].tp_dp_cp_group)
+    return counts / counts.sum(-1, keepdim=True).clamp(min=1)
+
+
+def write_shares(shares: Tensor, iteration: int) -> None:
+    """Write [layers, classes] for :func:`read_shares`, if this is the rank that writes and there are any."""
+    from megatron.training import get_tensorboard_writer
+
     writer = get_tensorboard_writer()
-    if writer is None:
-        return
-    experts = shares[:, : settings.num_experts]
-    writer.add_scalar(_LARGEST, experts.max() * settings.num_experts, iteration)
-    writer.add_scalar(_SKIPPED, 1 - experts.sum() / (experts.sum(-1) > 0).sum(), iteration)
-    if iteration % settings.log_interval == 0:
-        writer.add_tensor(_TENSOR, shares.cpu(), iteration)
+    if writer is not None and shares.any():
+        writer.add_tensor(_TENSOR, shares, iteration)
 
 
 def read_shares(tensorboard: Path) -> dict[int, np.ndarray]:
@@ -61,9 +100,10 @@ def describe_shares(shares: dict[int, np.ndarray], num_experts: int) -> str:
     """The last quarter of a run in one line."""
     late = np.mean(list(shares.values())[-max(1, len(shares) // 4) :], axis=0)
     experts = late[late.sum(-1) > 0][:, :num_experts]
+    skipped = f", skipped {1 - experts.sum(-1).mean():.1%}" if late.shape[-1] > num_experts else ""
     return (
-        f"shares of tokens from {experts.min():.1%} to {experts.max():.1%} (even: {1 / num_experts:.1%}), "
-        f"skipped {1 - experts.sum(-1).mean():.1%}; means of the last quarter"
+        f"shares of tokens from {experts.min():.1%} to {experts.max():.1%} (even: {1 / num_experts:.1%})"
+        f"{skipped}; means of the last quarter"
     )
 
 
@@ -92,6 +132,7 @@ def plot_shares(shares: dict[int, np.ndarray], num_experts: int, path: Path) -> 
         panel.grid(alpha=0.3)
     figure.supxlabel("iteration", fontsize=9)
     figure.supylabel("share of the tokens (%)", fontsize=9)
-    figure.suptitle("each expert (dashed: an even share, dotted: skipped)", fontsize=9)
+    dotted = ", dotted: skipped" if values.shape[-1] > num_experts else ""
+    figure.suptitle(f"each expert (dashed: an even share{dotted})", fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

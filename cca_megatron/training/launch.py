@@ -12,7 +12,7 @@ from typing import Literal
 
 import psutil
 
-from cca_megatron.training.command import Command
+from cca_megatron.training.command import Command, Rendezvous
 from cca_megatron.training.device import Device
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -40,6 +40,7 @@ def run(
     log: Path | None,
     on_line: Callable[[str], None],
     say: Callable[[str], None],
+    rendezvous: Rendezvous | None = None,
 ) -> Outcome:
     """Train, handing on every line of output.
 
@@ -52,6 +53,7 @@ def run(
         log: file that gets all lines too; None keeps no log.
         on_line: called for each line, without its end.
         say: called with what the user should read at once.
+        rendezvous: of several machines; a wish to stop that reaches one of them stops all.
 
     Returns:
         Whether it went to its end, or was stopped after saving a checkpoint, or without.
@@ -63,7 +65,7 @@ def run(
         log.parent.mkdir(parents=True, exist_ok=True)
     tail: deque[str] = deque(maxlen=_TAIL)
     process = subprocess.Popen(
-        command.torchrun(),
+        command.torchrun(rendezvous),
         env=_environment(command, device),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -74,6 +76,7 @@ def run(
     )
     saves = bool(command.args.exit_signal_handler and command.args.save)
     stopper = _Stopper(process, say, saves)
+    stopper.trains = rendezvous is not None and rendezvous.node_rank > 0  # rank 0 alone says when
     previous = {s: signal.signal(s, stopper.handle) for s in _STOP_SIGNALS}
     try:
         assert process.stdout is not None

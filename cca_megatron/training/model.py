@@ -21,14 +21,25 @@ from cca_megatron._compat import ProcessGroupCollection
 from cca_megatron.config import CCAConfig
 from cca_megatron.specs import cca_decoder_block_spec, cca_hybrid_stack_spec, cca_mtp_block_spec
 from cca_megatron.training.arguments import cca_config_from_args, zaya_settings_from_args
-from cca_megatron.training.expert_load import finalize_and_log
+from cca_megatron.training.expert_load import count_tokens
+from cca_megatron.training.layer_log import finalize_and_log
 from cca_megatron.zaya.embedding import hold_padding_embedding
 from cca_megatron.zaya.settings import ZayaSettings
 from cca_megatron.zaya.specs import zaya_decoder_block_spec
 
 
 def model_config_from_args(args: Namespace) -> ModelConfig:
-    """Megatron's model configuration: a hybrid model if a layer pattern is given, else a GPT model."""
+    """Megatron's model configuration, with the values of each layer in the log.
+
+    A hybrid model if a layer pattern is given, else a GPT model.
+    """
+    config = _model_config(args)
+    config.transformer.finalize_model_grads_func = finalize_and_log
+    config.pre_wrap_hooks.append(count_tokens)
+    return config
+
+
+def _model_config(args: Namespace) -> ModelConfig:
     cca = cca_config_from_args(args)
     if args.hybrid_layer_pattern is not None:
         config = hybrid_config_from_args(args)
@@ -41,8 +52,6 @@ def model_config_from_args(args: Namespace) -> ModelConfig:
         config.transformer_layer_spec = functools.partial(cca_decoder_block_spec, cca=cca, keeps_mtp=True)
     else:
         config.transformer_layer_spec = functools.partial(zaya_decoder_block_spec, cca=cca, zaya=config.zaya)
-        if config.zaya.has_mlp_router:
-            config.transformer.finalize_model_grads_func = finalize_and_log
     return config
 
 

@@ -10,9 +10,12 @@ import os
 import sys
 import time
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 PROGRAM_START = time.time()
 
 
+@record  # an exception goes to torchrun's error file with its time
 def main() -> None:
     """Parse the arguments and train."""
     from cca_megatron.training.device import choose_connections, describe, select_device
@@ -31,7 +34,7 @@ def main() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args, parse_args
 
-    from cca_megatron.training import megatron_fixes
+    from cca_megatron.training import flops, megatron_fixes, utilization
     from cca_megatron.training.argument_rules import argument_problems
     from cca_megatron.training.arguments import add_arguments
     from cca_megatron.training.batch import build_datasets, forward_step
@@ -39,6 +42,8 @@ def main() -> None:
     from cca_megatron.training.model import model_config_from_args
 
     megatron_fixes.apply()
+    flops.correct_flops()
+    utilization.log_mfu()
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
     given = parse_args(extra_args_provider=add_arguments(device))
     if not given.use_checkpoint_args and given.yaml_cfg is None:  # which bring arguments of their own

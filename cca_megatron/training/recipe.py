@@ -60,6 +60,12 @@ class LaunchSection:
     nodes: int = 1
     gpus_per_node: int = 1
     """Processes per node, one per GPU; on a machine without GPUs, processes on its CPU."""
+    max_restarts: int = 50
+    """On a cluster: how often a job starts its processes again, for whatever reason."""
+    max_stalls: int = 3
+    """On a cluster: how many starts in a row may end without a new checkpoint."""
+    hang_minutes: float = 30.0
+    """On a cluster: how long a rank may make no step, save or evaluate before it is taken to hang."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,8 @@ class Recipe:
                 "exit-signal-handler": True,
                 "override-opt-param-scheduler": True,  # going on with more iterations is no mistake
                 "tensorboard-dir": str(self.tensorboard),
+                "log-throughput": True,
+                "log-timers-to-tensorboard": True,  # step time and throughput
             }
         if self.arguments.get("num-query-groups") is not None:
             implied["group-query-attention"] = True
@@ -123,14 +131,23 @@ def load_recipe(path: str | Path, overrides: list[str]) -> Recipe:
         RecipeError: the file is missing or malformed, or a name in it is unknown.
     """
     path = Path(path)
+    return dataclasses.replace(_parse(path, resolve(path, overrides)), overrides=tuple(overrides))
+
+
+def resolve(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The sections of a recipe with those that it extends and the overrides in them, as YAML has them.
+
+    Raises:
+        RecipeError: the file is missing or malformed, or an override is.
+    """
     content = _read(path)
     for override in overrides:
         _apply(content, override)
-    return dataclasses.replace(_parse(path, content), overrides=tuple(overrides))
+    return content
 
 
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The sections of a recipe, on top of those of the recipe that it extends."""
+    """The sections of a recipe, on top of those of the recipes that it extends, of which a later one wins."""
     try:
         content = yaml.load(path.read_text(), _Loader)
     except OSError as error:
@@ -139,20 +156,27 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must be a mapping with the sections {', '.join(SECTIONS)}")
-    base = content.pop("extends", None)
-    if base is None:
-        return content
+    extends = content.pop("extends", None)
+    bases = extends if isinstance(extends, list) else [] if extends is None else [extends]
     chain = (*extended_by, path.resolve())
-    if not isinstance(base, str) or (path.parent / base).resolve() in chain:
-        raise RecipeError(f"{path}: extends={base!r}: must be another recipe's path, relative to this one")
-    extended = _read(path.parent / base, chain)
+    merged: dict[str, Any] = {}
+    for base in bases:
+        if not isinstance(base, str) or (path.parent / base).resolve() in chain:
+            raise RecipeError(
+                f"{path}: extends={extends!r}: must be another recipe's path, relative to this one, or a list"
+            )
+        _put_on_top(merged, _read(path.parent / base, chain))
+    _put_on_top(merged, content)
+    return merged
+
+
+def _put_on_top(below: dict[str, Any], content: dict[str, Any]) -> None:
     for section, settings in content.items():
-        if isinstance(settings, dict) and isinstance(extended.get(section), dict):
+        if isinstance(settings, dict) and isinstance(below.get(section), dict):
             for key, value in settings.items():
-                _set(extended[section], key, value)
+                _set(below[section], key, value)
         else:
-            extended[section] = settings
-    return extended
+            below[section] = settings
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -279,6 +303,9 @@ def _dataclass_section(kind: type[Any], name: str, content: Mapping[str, Any]) -
                 raise RecipeError(f"data.inputs={value!r}: must be a path or a list of paths")
         elif fields[key].type is int and (type(value) is not int or value < 1):
             raise RecipeError(f"{name}.{key}={value!r}: must be a whole number of at least 1")
+        elif fields[key].type is float:
+            if type(value) not in (int, float) or not value > 0:
+                raise RecipeError(f"{name}.{key}={value!r}: must be a number above 0")
         elif fields[key].type is not int and not isinstance(value, str):
             raise RecipeError(f"{name}.{key}={value!r}: must be text")
     return kind(**section)

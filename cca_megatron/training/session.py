@@ -13,7 +13,8 @@ from cca_megatron.doctor import missing_build_tools
 from cca_megatron.terminal import counted_bar
 from cca_megatron.training import expert_load, launch, report
 from cca_megatron.training.checkpoint import latest_iteration
-from cca_megatron.training.command import Command, build_command, check_data, program
+from cca_megatron.training.checkpoint_repair import repair
+from cca_megatron.training.command import Command, Rendezvous, build_command, check_data, program
 from cca_megatron.training.device import Device, describe, select_device
 from cca_megatron.training.progress import LiveBar
 from cca_megatron.training.recipe import Recipe, RecipeError, load_recipe
@@ -67,12 +68,12 @@ def load_megatron(device: Device) -> None:
         ) from error
 
 
-def check_machine(recipe: Recipe, device: Device) -> None:
-    """Raise RecipeError if this machine alone cannot run the recipe."""
-    if recipe.launch.nodes > 1:
+def check_machine(recipe: Recipe, device: Device, nodes: int = 1) -> None:
+    """Raise RecipeError if this machine, as one of as many nodes, cannot run the recipe."""
+    if recipe.launch.nodes > nodes:
         raise RecipeError(
             f"launch.nodes={recipe.launch.nodes}: this command starts processes on one machine; "
-            "launch.nodes=1 works, and --print-args shows what to start on every node"
+            "launch.nodes=1 works, and launch/torchrun.sh --help says how to train on several"
         )
     if device == "cuda":
         import torch
@@ -85,8 +86,11 @@ def check_machine(recipe: Recipe, device: Device) -> None:
             )
 
 
-def train(command: Command, device: Device, console: Console) -> bool:
+def train(command: Command, device: Device, console: Console, rendezvous: Rendezvous | None = None) -> bool:
     """Prepare the data if it is missing, train, and write the loss curve and a summary.
+
+    Of several machines all train, and node 0 does the rest. The others find its data: torchrun does not
+    start training before node 0 is ready.
 
     Returns:
         Whether it went to its end, or was stopped after saving a checkpoint.
@@ -99,8 +103,9 @@ def train(command: Command, device: Device, console: Console) -> bool:
     recipe = command.recipe
     console.print(describe(device), soft_wrap=True)
     _show_paths(recipe, console)
-    _ensure_data(recipe, console)
-    check_data(command)
+    first = rendezvous is None or rendezvous.node_rank == 0
+    if first:
+        prepare_start(command, console)
     total = command.args.train_iters
     reached = None if recipe.checkpoints is None else latest_iteration(recipe.checkpoints)
     if total is not None and reached is not None and reached >= total:
@@ -108,10 +113,26 @@ def train(command: Command, device: Device, console: Console) -> bool:
             f"all {total} iterations are done: megatron.train-iters={2 * total} would go on from there, "
             "output=FOLDER would start anew"
         )
-    elif _run(command, device, console) == "stopped":
+    elif _run(command, device, console, rendezvous) == "stopped":
         return False
-    _report(command, console)
+    if first:
+        _report(command, console)
     return True
+
+
+def prepare_start(command: Command, console: Console) -> None:
+    """Make sure that the data is there and that the checkpoint to load is whole; once for all machines.
+
+    Raises:
+        RecipeError: the data is missing, or does not fit the recipe.
+        DataError: the data cannot be prepared.
+    """
+    recipe = command.recipe
+    ensure_data(recipe, console)
+    check_data(command)
+    if recipe.checkpoints is not None:
+        for warning in repair(recipe.checkpoints, command.args.ckpt_format):
+            console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
 def _show_paths(recipe: Recipe, console: Console) -> None:
@@ -120,7 +141,13 @@ def _show_paths(recipe: Recipe, console: Console) -> None:
             console.print(f"{name}: {Path(path).resolve()}", markup=False, soft_wrap=True)
 
 
-def _ensure_data(recipe: Recipe, console: Console) -> None:
+def ensure_data(recipe: Recipe, console: Console) -> None:
+    """Prepare the data if it is missing.
+
+    Raises:
+        RecipeError: what is there was made from something else.
+        DataError: the data cannot be prepared.
+    """
     data = recipe.data
     if data.prefix is None:
         return
@@ -171,22 +198,23 @@ def prepare_data(
     return manifest
 
 
-def _run(command: Command, device: Device, console: Console) -> launch.Outcome:
+def _run(command: Command, device: Device, console: Console, rendezvous: Rendezvous | None) -> launch.Outcome:
     recipe, args = command.recipe, command.args
     log = None
     if recipe.output is not None:
-        log = recipe.output / "logs" / time.strftime("train-%Y%m%d-%H%M%S.log")
+        node = "" if rendezvous is None else f"-node{rendezvous.node_rank}"
+        log = recipe.output / "logs" / time.strftime(f"train-%Y%m%d-%H%M%S{node}.log")
         console.print(f"log: {log.resolve()}", markup=False, soft_wrap=True)
     if not console.is_terminal:
 
         def show(line: str) -> None:
             print(line, flush=True)
 
-        outcome = launch.run(command, device, log, show, show)
+        outcome = launch.run(command, device, log, show, show, rendezvous)
     else:
         bar = LiveBar(console, args.train_iters or 0, args.global_batch_size * args.seq_length)
         with bar.shown():
-            outcome = launch.run(command, device, log, bar.feed, bar.note)
+            outcome = launch.run(command, device, log, bar.feed, bar.note, rendezvous)
             if outcome == "finished":
                 bar.finish()
     if outcome != "finished":
@@ -214,10 +242,11 @@ def _report(command: Command, console: Console) -> None:
         expert_load.plot_shares(shares, command.args.num_experts, picture)
         lines.append(("experts", expert_load.describe_shares(shares, command.args.num_experts)))
         lines.append(("", str(picture.resolve())))
-    lines += [
-        ("next", f"train longer: {_again(recipe, 'megatron.train-iters=N')}"),
-        ("", f"try a variant: {_again(recipe, 'cca.temperature=exp', 'output=runs/exp')}"),
-    ]
+    if recipe.launch.nodes == 1:
+        lines += [
+            ("next", f"train longer: {_again(recipe, 'megatron.train-iters=N')}"),
+            ("", f"try a variant: {_again(recipe, 'cca.temperature=exp', 'output=runs/exp')}"),
+        ]
     console.print()
     for name, text in lines:
         console.print(f"{name:<16}{text}", markup=False, soft_wrap=True)

@@ -11,7 +11,8 @@ from cca_megatron.training.recipe import RecipeError, load_recipe
 from cca_megatron.zaya.settings import ZayaSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPES = [*sorted((CONFIGS / "recipes").glob("*.yaml")), CONFIGS / "models" / "zaya1_tiny.yaml"]
+# Those for clusters are in test_cluster_recipes.py.
+RECIPES = [CONFIGS / "recipes" / "quickstart.yaml", CONFIGS / "models" / "zaya1_tiny.yaml"]
 BASE = """
 model: {preset: ccgqa_1x4x, hidden-size: 32, kv-channels: 4, num-layers: 2, max_position_embeddings: 16}
 megatron: {seq-length: 16, micro-batch-size: 1, train-iters: 4, lr: 1.0e-3, mock-data: true,
@@ -71,12 +72,22 @@ def test_a_recipe_extends_another(tmp_path):
     assert recipe.zaya is None
 
 
+def test_of_several_that_a_recipe_extends_a_later_one_wins(tmp_path):
+    written(tmp_path / "base.yaml", BASE)
+    written(tmp_path / "longer.yaml", "megatron: {train-iters: 8, lr: 0.5}\nlaunch: {nodes: 2}\n")
+    top = "extends: [base.yaml, longer.yaml]\nmegatron: {train_iters: 9}\n"
+    recipe = load_recipe(written(tmp_path / "top.yaml", top), [])
+    assert (recipe.arguments["train-iters"], recipe.arguments["lr"]) == (9, 0.5)
+    assert (recipe.arguments["micro-batch-size"], recipe.launch.nodes) == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("extends: missing.yaml", "cannot read recipe .*missing.yaml"),
         ("extends: top.yaml", "must be another recipe's path"),
-        ("extends: [base.yaml]", "must be another recipe's path"),
+        ("extends: [top.yaml]", "must be another recipe's path"),
+        ("extends: 3", "must be another recipe's path"),
     ],
 )
 def test_what_cannot_be_extended_is_named(tmp_path, text, message):

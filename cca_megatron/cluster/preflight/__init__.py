@@ -1,0 +1,1 @@
+"""Every node of an allocation examined before a job trusts it."""
