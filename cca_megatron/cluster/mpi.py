@@ -177,12 +177,19 @@ def _check_library(size: int, version: str) -> None:
 
 def _problem(here: Place, address: str) -> str | None:
     """What keeps this process from training where it is; imports Megatron, which takes its time, on all."""
+    from cca_megatron.training.device import select_device
     from cca_megatron.training.recipe import RecipeError
-    from cca_megatron.training.session import load_megatron_here
 
     try:
         socket.getaddrinfo(address, None)
-        device = load_megatron_here()
+        device = select_device()
+        if device == "cpu":
+            from cca_megatron.training import cpu_backend
+
+            cpu_backend.install()  # before anything imports Megatron: this process will train
+        from cca_megatron.training.session import load_megatron
+
+        load_megatron(device)
     except OSError as error:
         return f"MASTER_ADDR={address} cannot be resolved ({error.strerror}); rank 0's IP address works"
     except (RecipeError, ValueError) as error:

@@ -73,6 +73,16 @@ def test_mpirun_trains_with_as_many_processes_as_it_started(tmp_path):
 
 @with_mpi
 @pytest.mark.long
+def test_four_processes_train_the_quickstart(tmp_path):
+    settings = ["train-iters=2", "eval-iters=1", "micro-batch-size=1"]
+    run = mpirun(4, tmp_path, ROOT / "configs/recipes/quickstart.yaml", *(f"megatron.{s}" for s in settings))
+    output, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, output[-4000:]
+    assert sorted(losses(tmp_path / "runs/quickstart/tensorboard")) == [1, 2]
+
+
+@with_mpi
+@pytest.mark.long
 def test_a_recipe_that_cannot_run_with_these_processes_is_refused_once(tmp_path):
     run = mpirun(1, tmp_path, small_recipe(tmp_path, iterations=3))
     output, _ = run.communicate(timeout=300)

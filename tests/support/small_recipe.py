@@ -16,6 +16,8 @@ def small_recipe(folder: Path, iterations: int) -> Path:
             "num-layers": 2,
             "hidden-size": 32,
             "ffn-hidden-size": 48,
+            "swiglu": True,
+            "disable-bias-linear": True,
             "num-attention-heads": 4,
             "num-query-groups": 2,
             "kv-channels": 8,
