@@ -17,6 +17,7 @@ from cca_kernels import cca_mix, cca_mix_reference
 from cca_megatron.bench import block, command, machine, measure, report
 from cca_megatron.bench.attention import Core
 from cca_megatron.bench.check import MixCheck
+from cca_megatron.bench.collect import collect
 from cca_megatron.bench.measure import Ceilings, CudaTimer, Job, Timing, Workload
 from cca_megatron.bench.mix import Variant, flops, measure_mix, moved_bytes
 from cca_megatron.bench.results import Checked, Measured, Refused, Result, describe, read_all
@@ -313,7 +314,7 @@ def test_time_limit_and_storage(tmp_path):
             started("a case")
             yield Measured(row | times)
 
-    command._measure(Result("mix", MACHINE, {"copy_gb_per_s": 1.0}), events, 2, 0.0, tmp_path)
+    collect(Result("mix", MACHINE, {"copy_gb_per_s": 1.0}), events, 2, 0.0, tmp_path)
     [path] = tmp_path.iterdir()
     assert path.name == "mix-nvidia-h100-80gb-hbm3-2026-01-02t03-04-05z.json"
     stored = json.loads(path.read_text())
