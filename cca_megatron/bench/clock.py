@@ -12,7 +12,7 @@ Run = Callable[[], dict[str, float]]
 
 
 def now() -> float:
-    """Seconds: of the GPU once it is done, else of this process's work on the CPU, which waiting does not count.
+    """Seconds: of the GPU once it is done, else of this process's work on the CPU, without waiting.
 
     On a CPU that is comparable only where every process has one thread.
     """

@@ -120,9 +120,9 @@ def bench_block(
 ) -> None:
     """Time a whole attention block against MHA, GQA and MLA.
 
-    On a GPU the fused, eager and compiled mix, where core attention is PyTorch's on the same backend for all. With
-    --matched megatron-core's own layers and CCA's in one process, on the same core attention: times of the passes,
-    bytes kept for the backward pass and memory. For example, on a CPU:
+    On a GPU the fused, eager and compiled mix, where core attention is PyTorch's on the same backend for all.
+    With --matched megatron-core's own layers and CCA's in one process, on the same core attention: times of
+    the passes, bytes kept for the backward pass and memory. For example, on a CPU:
     `cca-megatron bench block --matched parameters,kv-cache --tokens 1024,2048`.
     """
     if matched is not None:
@@ -153,16 +153,22 @@ def bench_report(
     results: Annotated[Path, typer.Option(help="Folder of result files.")] = FOLDER,
     plots: Annotated[Path, typer.Option(help="Folder for the plots.")] = Path("benchmarks/plots"),
     readme: Annotated[Path, typer.Option(help="File whose table is replaced.")] = Path("README.md"),
+    docs: Annotated[Path, typer.Option(help="File whose tables are replaced.")] = Path("docs/benchmarks.md"),
 ) -> None:
-    """Make the plots and the README's table from the stored results. Needs no GPU."""
+    """Make the plots and the tables of README and documentation from the stored results. Needs no GPU."""
     from cca_megatron.bench import report
     from cca_megatron.bench.plots import plot
+    from cca_megatron.bench.run_plots import plot_runs
+    from cca_megatron.bench.tables import update_docs
 
     try:
         found = read_all(results)
-        for path in plot(found, plots):
+        for path in [*plot(found, plots), *plot_runs(found, plots)]:
             console.print(f"plotted {path}", markup=False, soft_wrap=True)
         report.update_readme(readme, results)
+        update_docs(docs, results)
     except (OSError, ValueError) as error:
         fail(error)
-    console.print(f"{readme} has the table of {len(found)} result files", markup=False, soft_wrap=True)
+    console.print(
+        f"{readme} and {docs} have the tables of {len(found)} result files", markup=False, soft_wrap=True
+    )

@@ -1,4 +1,4 @@
-"""One attention layer over context-parallel ranks: its work on the busiest rank, and the bytes that it sends."""
+"""One attention layer over context-parallel ranks: work of the busiest rank, bytes that are sent."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def measure_context(
     for ranks in sizes:
         if tokens % (2 * ranks):
             raise ValueError(
-                f"tokens={tokens} over {ranks} ranks: every rank has two chunks; tokens={2 * ranks * 512} works"
+                f"tokens={tokens} over {ranks} ranks: each has two chunks; tokens={2 * ranks * 512} works"
             )
     alone: dict[str, dict[str, Any]] = {}
     for ranks in sizes:

@@ -78,4 +78,5 @@ def _measured(layer: Any, here: int, rounds: int, ranks: int, comm_type: str | N
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:5]), Path(sys.argv[5]))
+    tokens, hidden, dim, rounds = map(int, sys.argv[1:5])
+    main(tokens, hidden, dim, rounds, Path(sys.argv[5]))

@@ -22,8 +22,8 @@ def measure_data(
 ) -> Iterator[Event]:
     """Prepare the recipe's inputs anew with one process and with one per core, then read what came of it.
 
-    Rows of the part "prepare" have their speed over that of one process, rows of the part "read" over that of a
-    plain read of the same file; all by wall clock.
+    Rows of the part "prepare" have their speed over that of one process, rows of the part "read" over that of
+    a plain read of the same file; all by wall clock.
 
     Args:
         recipe: its section data, its sequence length and its micro-batch size.
@@ -40,9 +40,10 @@ def measure_data(
         raise RecipeError(f"{recipe.path}: data.inputs is not set; data.inputs=[python-stdlib] works")
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder) / "dataset"
-        alone = None
-        for workers in dict.fromkeys((1, len(os.sched_getaffinity(0)))):
-            started(f"prepare, {workers} processes")
+        counts = list(dict.fromkeys((1, len(os.sched_getaffinity(0)))))
+        seconds: dict[int, list[float]] = {workers: [] for workers in counts}
+        for number, workers in itertools.product(range(rounds), counts):
+            started(f"prepare with {workers} processes, round {number + 1}")
             begin = time.perf_counter()
             manifest = prepare(
                 data.inputs,
@@ -52,11 +53,13 @@ def measure_data(
                 workers=workers,
                 overwrite=True,
             )
-            seconds = time.perf_counter() - begin
-            alone = alone or seconds
+            seconds[workers].append(time.perf_counter() - begin)
+        for workers, taken in seconds.items():
+            median = statistics.median(taken)
             yield Measured(
-                {"part": "prepare", "workers": workers, "tokens": manifest.tokens, "seconds": seconds}
-                | {"tokens_per_second": manifest.tokens / seconds, "ratio": alone / seconds}
+                {"part": "prepare", "workers": workers, "tokens": manifest.tokens, "seconds": median}
+                | {"tokens_per_second": manifest.tokens / median}
+                | {"ratio": statistics.median(seconds[1]) / median}
             )
         started("loader")
         yield from _read(recipe, prefix, batches, rounds)
@@ -99,7 +102,9 @@ def _dataset(recipe: Recipe, prefix: Path, length: int, samples: int) -> Any:
         blend=([str(prefix)], None),
         split="1,0,0",
         path_to_cache=str(prefix.with_name("cache")),
-        tokenizer=SimpleNamespace(eod=encoder.end_of_document, unique_identifiers={}),
+        tokenizer=SimpleNamespace(
+            eod=encoder.end_of_document, vocab_size=encoder.vocab_size, unique_identifiers={}
+        ),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,

@@ -27,8 +27,8 @@ def context_line(event: Event) -> str:
     if row["ranks"] == 1:
         return f"{row['method']} on 1 rank: {row['work_seconds']:.3f} s of work"
     return (
-        f"{row['method']} on {row['ranks']} ranks, {row['comm_type']}: {row['work_ratio']:.2f} of the work on the "
-        f"busiest rank, {row['sent_bytes']:,.0f} bytes sent, {row['planned_bytes']:,.0f} planned"
+        f"{row['method']} on {row['ranks']} ranks, {row['comm_type']}: {row['work_ratio']:.2f} of the work "
+        f"on the busiest rank, {row['sent_bytes']:,.0f} bytes sent, {row['planned_bytes']:,.0f} planned"
     )
 
 
@@ -38,8 +38,8 @@ def step_line(event: Event) -> str:
     row = event.row
     shares = ", ".join(f"{name} {share:.0%}" for name, share in row["share"].items())
     return (
-        f"{row['recipe']}: {row['seconds']:.3f} s a step ({row['seconds_low']:.3f} to {row['seconds_high']:.3f}), "
-        f"{row['tokens_per_second']:,.0f} tokens/s; {shares}"
+        f"{row['recipe']}: {row['seconds']:.3f} s a step ({row['seconds_low']:.3f} to "
+        f"{row['seconds_high']:.3f}), {row['tokens_per_second']:,.0f} tokens/s; {shares}"
     )
 
 

@@ -21,8 +21,8 @@ _ROOT = Path(__file__).parents[2]
 def facts() -> dict[str, str | None]:
     """Device, driver, versions, commit, date and command; None for what is absent or cannot be found out.
 
-    Where there is no GPU, the CPU, how busy it was, and what its figures are good for. Asks for GPUs, so it has to
-    be called before the CPU backend pretends that there is one.
+    Where there is no GPU, the CPU, how busy it was, and what its figures are good for. It has to be called
+    before the CPU backend pretends that there is a GPU.
     """
     cuda = torch.cuda.is_available()
     return {

@@ -1,4 +1,4 @@
-"""Attention layers that are built and run: megatron-core's MHA, GQA and MLA, and CCA, on one core attention."""
+"""Attention layers to run: megatron-core's MHA, GQA and MLA, and CCA, on one core attention."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from cca_megatron.specs import cca_layer_spec
 class PaddedCoreAttention(LocalCoreAttention):
     """Core attention with values narrower than queries and keys, as MLA has them.
 
-    PyTorch's flash kernels want all of one width (the alternative makes an S x S tensor), so values are padded.
+    PyTorch's flash kernels want one width (the alternative makes an S x S tensor), so values are padded.
     """
 
     def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
@@ -122,7 +122,7 @@ class _Through(nn.Module):
 
 
 def remove_projections(module: Any, x: Tensor) -> None:
-    """Leave of a layer what lies between ``linear_qkv`` and ``linear_proj``, on the latents of x [S, B, E]."""
+    """Leave of a layer what lies between its linears, on the latents of x [S, B, E]."""
     with torch.no_grad():
         latents, _ = module.linear_qkv(x)
     module.linear_qkv, module.linear_proj = _Given(latents.requires_grad_()), _Through()

@@ -2,7 +2,8 @@
 
 SOURCE = (
     "arXiv 2510.04476, latency figures, read off the vector data: forward pass of core attention without "
-    "projections, causal, head dim 64, hidden size 2,048, 16,384 tokens in sequences of each length, one H100, bf16"
+    "projections, causal, head dim 64, hidden size 2,048, 16,384 tokens in sequences of each length, bf16, "
+    "one H100"
 )
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
 """Lengths of the sequences."""

@@ -88,8 +88,8 @@ def bench_cp(
     """Spread one attention layer over context-parallel ranks, by every way of exchange.
 
     Processes are started here, with gloo on a CPU. Counted are the bytes that the rank sends that sends most,
-    forward and backward, beside those that `cca-megatron plan` reckons with; the time is the work of the busiest
-    rank. For example: `cca-megatron bench cp --ranks 1,2 --tokens 2048`.
+    forward and backward, beside those that `cca-megatron plan` reckons with; the time is the work of the
+    busiest rank. For example: `cca-megatron bench cp --ranks 1,2 --tokens 2048`.
     """
     from cca_megatron.bench import machine
     from cca_megatron.bench.context import measure_context
@@ -118,8 +118,8 @@ def bench_step(
 ) -> None:
     """Train a few steps of a recipe by the real entry: tokens per second, and where the time goes.
 
-    Nothing is saved and nothing evaluated; data that is missing is prepared. For example, with the experts taken
-    out: `cca-megatron bench step configs/recipes/quickstart.yaml megatron.num-experts=null`.
+    Nothing is saved and nothing evaluated; data that is missing is prepared. For example, with both convs
+    taken out: `cca-megatron bench step configs/recipes/quickstart.yaml cca.conv0=false cca.conv1=false`.
     """
     from cca_megatron.bench import machine
     from cca_megatron.data.sources import DataError
@@ -146,7 +146,7 @@ def bench_data(
     rounds: Rounds = 5,
     output: Output = FOLDER,
 ) -> None:
-    """Make the recipe's dataset anew and read it: tokens per second of `data prepare` and of Megatron's loader.
+    """Make the recipe's dataset anew and read it: tokens/s of `data prepare` and of Megatron's loader.
 
     The dataset goes to a temporary folder. For example, on text of your own:
     `cca-megatron bench data configs/recipes/quickstart.yaml data.inputs=[corpus/]`.
@@ -165,7 +165,7 @@ def bench_data(
         def events(started: Callable[[str], None]) -> Iterator[Event]:
             return measure_data(loaded, batches, rounds, started)
 
-        collect(result, events, 3, None, output, lines.data_line)
+        collect(result, events, 2 * rounds + 1, None, output, lines.data_line)
     except (RecipeError, DataError, ValueError, OSError) as error:
         fail(error)
 

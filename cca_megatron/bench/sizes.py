@@ -11,19 +11,19 @@ BASELINE = "MHA"
 _GQA_GROUP = 4
 """Query heads per KV head of GQA, as in Llama 3 8B, and of CCGQA, as in ZAYA1."""
 _COMPRESSION = 4
-"""Of queries, keys and values in CCA-4x (arXiv 2510.04476); CCGQA-2x8x compresses queries by 2 and keys by 8."""
+"""Of all heads in CCA-4x (arXiv 2510.04476); CCGQA-2x8x compresses queries by 2 and keys by 8."""
 
 
 def matched(matching: Matching, hidden: int, dim: int) -> dict[str, Attention]:
     """One layer of each of ``METHODS``.
 
-    * ``width``: those that the paper compares (arXiv 2510.04476): heads of MHA, GQA and MLA fill the hidden size,
-      CCA is CCA-4x and CCGQA is CCGQA-2x8x.
+    * ``width``: those that the paper compares (arXiv 2510.04476): heads of MHA, GQA and MLA fill the hidden
+      size, CCA is CCA-4x and CCGQA is CCGQA-2x8x.
     * ``parameters``: as many heads as bring a layer nearest to the parameters of CCGQA-2x8x.
     * ``kv-cache``: what CCGQA-2x8x caches for a token. GQA and MLA keep heads that fill the hidden size.
 
-    MLA has the proportions of DeepSeek-V2-Lite (arXiv 2405.04434): a latent of 4 head widths for keys and values but
-    for ``kv-cache``, half a head for positions, queries without compression.
+    MLA has the proportions of DeepSeek-V2-Lite (arXiv 2405.04434): a latent of 4 head widths for keys and
+    values but for ``kv-cache``, half a head for positions, queries without compression.
 
     Args:
         matching: in which respect.

@@ -3,7 +3,7 @@
 import re
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cca_megatron.bench.results import Measured
 from cca_megatron.training import launch, progress, session
@@ -35,8 +35,8 @@ def measure_step(recipe: Path, overrides: list[str], steps: int, warmup: int, co
         console: where the preparation of missing data is shown.
 
     Returns:
-        A row with the median seconds of a step, its tokens per second, and the share of each of ``PARTS`` on the
-        rank that takes longest for it.
+        A row with the median seconds of a step, its tokens per second, and the share of each of ``PARTS`` in
+        all steps, on the rank that takes longest for it.
 
     Raises:
         RecipeError: it cannot run, or logged no step.
@@ -54,9 +54,7 @@ def measure_step(recipe: Path, overrides: list[str], steps: int, warmup: int, co
     step = statistics.median(counted)
     args = command.args
     tokens = args.global_batch_size * args.seq_length
-    shares = {
-        name: statistics.median(reader.parts[name][warmup:]) / step for name in PARTS if name in reader.parts
-    }
+    shares = {name: sum(reader.parts[name][warmup:]) / sum(counted) for name in PARTS if name in reader.parts}
     return Measured(
         {
             "recipe": recipe.stem,

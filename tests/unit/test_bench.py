@@ -278,12 +278,16 @@ def test_report_command(tmp_path):
         result.write(tmp_path / "results")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    docs = tmp_path / "docs.md"
+    docs.write_text("<!-- bench step -->\nold\n<!-- /bench -->\n")
     options = ["--results", tmp_path / "results", "--plots", tmp_path / "plots", "--readme", readme]
+    options += ["--docs", docs]
     arguments = ["report", *map(str, options)]
     run = CliRunner().invoke(command.app, arguments)
     assert run.exit_code == 0, run.output
     table = report.readme_table(read_all(tmp_path / "results"))
     assert readme.read_text() == f"before\n{report.BEGIN}\n{table}\n{report.END}\nafter\n"
+    assert docs.read_text() == "<!-- bench step -->\nNot measured yet.\n<!-- /bench -->\n"
     plots = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert plots == ["block-nvidia-h100-80gb-hbm3.png", "mix-nvidia-h100-80gb-hbm3.png"]
     readme.write_text("no markers")
