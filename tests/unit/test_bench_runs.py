@@ -77,11 +77,19 @@ class Exponential(nn.Module):
         return x.exp(), None
 
 
+class Square(nn.Module):
+    """Its backward pass needs its input alone."""
+
+    def forward(self, x, mask, rotary_pos_emb):
+        return x * x, None
+
+
 def test_kept_and_peak_bytes_are_those_of_the_operations():
     x = torch.ones(64, 1, 16, requires_grad=True)
     found = matched._memory(Exponential(), x, None, torch.ones(64, 1, 16))
     # At most there are the output and the gradient of the input.
     assert found == {"kept_bytes": x.nbytes, "peak_bytes": 2 * x.nbytes}
+    assert matched._memory(Square(), x, None, torch.ones(64, 1, 16))["kept_bytes"] == 0
 
 
 def test_ratios_are_taken_round_by_round():
