@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cca_megatron.bench.results import Measured
 from cca_megatron.training import launch, progress, session
+from cca_megatron.training.launch import TrainingError
 from cca_megatron.training.recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -40,14 +41,17 @@ def measure_step(recipe: Path, overrides: list[str], steps: int, warmup: int, co
 
     Raises:
         RecipeError: it cannot run, or logged no step.
-        TrainingError: the training processes failed.
+        TrainingError: the training processes failed, or were stopped.
     """
     settings = [*overrides, *_UNSAVED, f"megatron.train-iters={warmup + steps}"]
     command, device = session.prepare_command(recipe, settings)
     session.check_machine(command.recipe, device)
     session.prepare_start(command, console)
     reader = _Reader()
-    launch.run(command, device, None, reader.feed, console.print)
+    if launch.run(command, device, None, reader.feed, console.print) != "finished":
+        raise TrainingError(
+            f"stopped after {len(reader.seconds)} of {warmup + steps} steps; nothing is stored"
+        )
     counted = reader.seconds[warmup:]
     if not counted:
         raise RecipeError(f"{recipe}: Megatron logged no step after {warmup}; steps=10 works")
