@@ -51,7 +51,7 @@ def _matched(result: dict[str, Any], name: str, folder: Path) -> Path:
         axes.set(title=_TITLES[matching], xlabel="tokens of the sequence")
         axes.grid(alpha=0.3)
     grid[0].set_ylabel(text)
-    grid[-1].legend(fontsize=9)
+    figure.legend(*grid[0].get_legend_handles_labels(), fontsize=9, loc="outside right upper")
     row = rows[0]
     what = f"attention layer, hidden size {row['hidden']:,}, head dim {row['head_dim']}, {row['dtype']}"
     return _save(figure, result, what, folder, f"matched-{name}")
@@ -77,7 +77,7 @@ def _context(result: dict[str, Any], folder: Path) -> Path:
         axes.set_xlabel("context-parallel ranks")
         axes.set_xticks(sorted({row["ranks"] for row in rows}))
         axes.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     what = f"attention layer, {rows[0]['tokens']:,} tokens, hidden size {rows[0]['hidden']:,}, fp32"
     return _save(figure, result, what, folder, "cp")
 
