@@ -243,11 +243,11 @@ def test_what_does_not_fit_is_refused_in_one_line(arguments, message, tmp_path):
 
 
 LOG = """
- iteration        1/       2 | consumed samples: 4 | elapsed time per iteration (ms): 2000.0 | lm loss: 5.0E+00 |
+ iteration 1/ 2 | consumed samples: 4 | elapsed time per iteration (ms): 2000.0 | lm loss: 5.0E+00 |
 (min, max) time across ranks (ms):
     forward-compute ................................: (900.00, 1000.00)
     optimizer ......................................: (190.00, 200.00)
- iteration        2/       2 | consumed samples: 8 | elapsed time per iteration (ms): 1000.0 | lm loss: 4.0E+00 |
+ iteration 2/ 2 | consumed samples: 8 | elapsed time per iteration (ms): 1000.0 | lm loss: 4.0E+00 |
     forward-compute ................................: (400.00, 500.00)
 """
 
