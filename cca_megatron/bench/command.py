@@ -1,29 +1,35 @@
-"""``cca-megatron bench mix | block | report``. Imports of PyTorch are inside: ``--help`` answers at once."""
+"""``cca-megatron bench``. Imports of PyTorch are inside: ``--help`` answers at once."""
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cca_megatron.bench.results import FOLDER, Event, Result, describe, read_all
+from cca_megatron.bench.collect import collect
+from cca_megatron.bench.results import FOLDER, Event, Result, read_all
+from cca_megatron.bench.run_command import (
+    Minutes,
+    Output,
+    bench_cp,
+    bench_data,
+    bench_matched,
+    bench_step,
+)
 from cca_megatron.terminal import console, fail
 
 if TYPE_CHECKING:
     import torch
 
-app = typer.Typer(no_args_is_help=True, help="Measure the fused kernels on a GPU.")
+app = typer.Typer(no_args_is_help=True, help="Measure kernels, layers, steps and data.")
 
 Quick = Annotated[
     bool, typer.Option("--quick", help="4,096 and 16,384 tokens alone; of blocks those of one width.")
 ]
-Minutes = Annotated[
-    float | None, typer.Option(min=0, help="Stop then; the cases that are left are not measured.")
-]
-Output = Annotated[Path, typer.Option(help="Folder for the result file.")]
+app.command("cp")(bench_cp)
+app.command("step")(bench_step)
+app.command("data")(bench_data)
 
 
 def _gpu(command: str) -> "torch.device":
@@ -69,7 +75,7 @@ def bench_mix(
     def events(started: Callable[[str], None]) -> Iterator[Event]:
         return mix.measure_mix(timer, ceilings, shapes.SHAPES, lengths, choices, device, started=started)
 
-    _measure(result, events, len(lengths) * len(shapes.SHAPES) * len(choices), minutes, output)
+    collect(result, events, len(lengths) * len(shapes.SHAPES) * len(choices), minutes, output)
 
 
 def _tune(head_dim: int, device: "torch.device") -> None:
@@ -93,11 +99,35 @@ def _tune(head_dim: int, device: "torch.device") -> None:
 
 
 @app.command("block")
-def bench_block(quick: Quick = False, minutes: Minutes = None, output: Output = FOLDER) -> None:
-    """Time a whole attention block: CCA fused, eager and compiled, against MHA, GQA and MLA.
+def bench_block(
+    quick: Quick = False,
+    matched: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND[,KIND...]",
+            help="Compare layers of megatron-core instead, also without a GPU, with equal `parameters` or "
+            "`kv-cache`, or of the `width` that the paper compares.",
+        ),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="N[,N...]", help="With --matched: lengths of the sequence.")
+    ] = None,
+    hidden_size: Annotated[int | None, typer.Option(min=1, help="With --matched.")] = None,
+    head_dim: Annotated[int | None, typer.Option(min=1, help="With --matched.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="With --matched: how often each is timed.")] = 5,
+    minutes: Minutes = None,
+    output: Output = FOLDER,
+) -> None:
+    """Time a whole attention block against MHA, GQA and MLA.
 
-    Core attention is PyTorch's on the same backend for all.
+    On a GPU the fused, eager and compiled mix, where core attention is PyTorch's on the same backend for all.
+    With --matched megatron-core's own layers and CCA's in one process, on the same core attention: times of
+    the passes, bytes kept for the backward pass and memory. For example, on a CPU:
+    `cca-megatron bench block --matched parameters,kv-cache --tokens 1024,2048`.
     """
+    if matched is not None:
+        bench_matched(matched, tokens, hidden_size, head_dim, rounds, minutes, output)
+        return
     device = _gpu("block")
     import torch
 
@@ -115,52 +145,7 @@ def bench_block(quick: Quick = False, minutes: Minutes = None, output: Output = 
     def events(started: Callable[[str], None]) -> Iterator[Event]:
         return block.measure_block(timer, choices, lengths, core, device, started=started)
 
-    _measure(result, events, len(lengths) * len(choices), minutes, output)
-
-
-def _measure(
-    result: Result,
-    events: Callable[[Callable[[str], None]], Iterator[Event]],
-    cases: int,
-    minutes: float | None,
-    output: Path,
-) -> None:
-    """Go through the cases under a progress bar, print what comes, and store it, however it ends."""
-    ceilings = (f"{name} {value:,.0f}" for name, value in result.ceilings.items())
-    console.print(f"{result.machine['device']}: {', '.join(ceilings)}", markup=False)
-    end = None if minutes is None else time.monotonic() + 60 * minutes
-    begun = 0
-    bar = Progress(
-        TextColumn("{task.completed}/{task.total}"),
-        BarColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
-    task = bar.add_task("", total=cases)
-
-    def started(case: str) -> None:
-        nonlocal begun
-        bar.update(task, completed=begun, description=case)
-        begun += 1
-
-    try:
-        with bar:
-            for event in events(started):
-                result.add(event)
-                console.print(describe(event), markup=False, soft_wrap=True)
-                if end is not None and time.monotonic() > end:
-                    console.print(
-                        f"stopped after {minutes:g} minutes; {cases - begun} cases are not measured"
-                    )
-                    break
-    except KeyboardInterrupt:
-        console.print("stopped")
-        raise typer.Exit(130) from None
-    finally:
-        if result.rows or result.refused:
-            console.print(f"stored in {result.write(output)}", markup=False, soft_wrap=True)
+    collect(result, events, len(lengths) * len(choices), minutes, output)
 
 
 @app.command("report")
@@ -168,16 +153,22 @@ def bench_report(
     results: Annotated[Path, typer.Option(help="Folder of result files.")] = FOLDER,
     plots: Annotated[Path, typer.Option(help="Folder for the plots.")] = Path("benchmarks/plots"),
     readme: Annotated[Path, typer.Option(help="File whose table is replaced.")] = Path("README.md"),
+    docs: Annotated[Path, typer.Option(help="File whose tables are replaced.")] = Path("docs/benchmarks.md"),
 ) -> None:
-    """Make the plots and the README's table from the stored results. Needs no GPU."""
+    """Make the plots and the tables of README and documentation from the stored results. Needs no GPU."""
     from cca_megatron.bench import report
     from cca_megatron.bench.plots import plot
+    from cca_megatron.bench.run_plots import plot_runs
+    from cca_megatron.bench.tables import update_docs
 
     try:
         found = read_all(results)
-        for path in plot(found, plots):
+        for path in [*plot(found, plots), *plot_runs(found, plots)]:
             console.print(f"plotted {path}", markup=False, soft_wrap=True)
         report.update_readme(readme, results)
+        update_docs(docs, results)
     except (OSError, ValueError) as error:
         fail(error)
-    console.print(f"{readme} has the table of {len(found)} result files", markup=False, soft_wrap=True)
+    console.print(
+        f"{readme} and {docs} have the tables of {len(found)} result files", markup=False, soft_wrap=True
+    )

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import os
+import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -10,17 +12,26 @@ from pathlib import Path
 
 import torch
 
+from cca_megatron.bench.results import CPU_FIGURES
+
 _VARIABLES = ("CCA_KERNELS", "CCA_KERNELS_TUNE")
 _ROOT = Path(__file__).parents[2]
 
 
 def facts() -> dict[str, str | None]:
-    """Device, driver, versions, commit, date and command; None for what is absent or cannot be found out."""
+    """Device, driver, versions, commit, date and command; None for what is absent or cannot be found out.
+
+    Where there is no GPU, the CPU, how busy it was, and what its figures are good for. It has to be called
+    before the CPU backend pretends that there is a GPU.
+    """
     cuda = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if cuda else None,
+        "device": torch.cuda.get_device_name() if cuda else _cpu(),
+        "load": None if cuda else f"{os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores",
+        "figures": None if cuda else CPU_FIGURES,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
+        "python": platform.python_version(),
         "cudnn": str(torch.backends.cudnn.version()) if cuda else None,
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -30,6 +41,11 @@ def facts() -> dict[str, str | None]:
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": _command(),
     }
+
+
+def _cpu() -> str:
+    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return str(names[0]) if names else platform.machine()
 
 
 def _version(distribution: str) -> str | None:

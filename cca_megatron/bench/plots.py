@@ -1,4 +1,4 @@
-"""Plots of stored results: time over the length of the sequence."""
+"""Plots of the kernels' results: time over the length of the sequence."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -10,8 +10,8 @@ _TITLES = {"mix": "mix", "block": "attention block"}
 
 
 def plot(results: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """A picture for each of the newest results, with a panel for each shape or width."""
-    return [_plot(result, folder) for result in newest(results)]
+    """A picture for each of the newest results of the kernels, with a panel for each shape or width."""
+    return [_plot(result, folder) for result in newest(results) if result["benchmark"] in _TITLES]
 
 
 def _plot(result: dict[str, Any], folder: Path) -> Path:

@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 def readme_table(results: list[dict[str, Any]]) -> str:
     """The newest result of each command and device as Markdown; a sentence where there is none."""
-    last = newest(results)
+    last = [result for result in newest(results) if result["benchmark"] in _TABLES]
     if not last:
         return NOT_MEASURED
     parts = []
@@ -81,7 +81,7 @@ def _mix_tables(result: dict[str, Any]) -> list[str]:
             speed = _cell(own, "gb_per_s", "{:,.0f}", variant="fused", which=which)
             line.append(f"{speed} ({_cell(own, 'of_copy', '{:.0%}', variant='fused', which=which)})")
         lines.append(line)
-    return [_markdown(head, lines)]
+    return [markdown(head, lines)]
 
 
 def _block_tables(result: dict[str, Any]) -> list[str]:
@@ -108,7 +108,7 @@ def _block_table(rows: list[Row]) -> str:
         ]
         lines.append([f"{name}, E = {hidden:,}", *cells])
     head = ["attention block, forward + backward, us", *(f"{tokens:,} tokens" for tokens in lengths)]
-    return _markdown(head, lines)
+    return markdown(head, lines)
 
 
 def _core_table(rows: list[Row], published: bool) -> str:
@@ -123,7 +123,7 @@ def _core_table(rows: list[Row], published: bool) -> str:
             figures = (PUBLISHED.get((method, which)) for which in _PASSES)
             line += ["" if figure is None else f"{figure:,}" for figure in figures]
         lines.append(line)
-    return _markdown(head, lines)
+    return markdown(head, lines)
 
 
 _TABLES = {"mix": _mix_tables, "block": _block_tables}
@@ -147,6 +147,7 @@ def _cell(rows: list[Row], key: str, form: str, *, which: str, variant: str | No
     return "not measured"
 
 
-def _markdown(head: list[str], lines: list[list[str]]) -> str:
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A table whose first column is text."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))

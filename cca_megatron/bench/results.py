@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path("benchmarks/results")
+CPU_FIGURES = "CPU: figures compare within one run only, as ratios; they say nothing about a GPU"
+"""What results of a machine without a GPU are labelled with, in their files and wherever they are shown."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Result:
 
     benchmark: str
     machine: dict[str, str | None]
-    ceilings: dict[str, float]
+    ceilings: dict[str, float] = field(default_factory=dict)
     checks: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     refused: list[dict[str, Any]] = field(default_factory=list)
@@ -101,6 +103,11 @@ class Result:
         os.chmod(file.name, 0o644)
         os.replace(file.name, path)
         return path
+
+
+def is_of_cpu(machine: dict[str, str | None]) -> bool:
+    """Whether the figures are of a CPU, and so ratios alone."""
+    return machine.get("figures") == CPU_FIGURES
 
 
 def slug(text: str | None) -> str:

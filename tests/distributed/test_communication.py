@@ -13,8 +13,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from support.megatron import Layout, parallel
 from support.planned import DENSE, MOE, SEQUENCE, ZAYA, ZAYA_PARTS, arguments
-from support.sent_bytes import SentBytes
 
+from cca_megatron.bench.sent_bytes import SentBytes
 from cca_megatron.plan.communication import communication
 from cca_megatron.plan.shapes import model_from_args, parallel_from_args, run_from_args
 from cca_megatron.training.model import model_config_from_args

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from support.memory import LiveBytes
 from torch.nn import functional as F
 
+from cca_megatron.bench.live_bytes import LiveBytes
 from cca_megatron.parallel.context import ContextShard
 from cca_megatron.parallel.context_attention import context_attention
 from cca_megatron.parallel.layout import ContextLayout

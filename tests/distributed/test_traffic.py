@@ -6,9 +6,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
 from support.megatron import HIDDEN, Layout, parallel, tiny_config
-from support.sent_bytes import SentBytes
 
 from cca_megatron import CCAConfig
+from cca_megatron.bench.sent_bytes import SentBytes
 from cca_megatron.plan.traffic import AttentionShape, traffic
 from cca_megatron.specs import cca_layer_spec
 

@@ -17,6 +17,7 @@ from cca_kernels import cca_mix, cca_mix_reference
 from cca_megatron.bench import block, command, machine, measure, report
 from cca_megatron.bench.attention import Core
 from cca_megatron.bench.check import MixCheck
+from cca_megatron.bench.collect import collect
 from cca_megatron.bench.measure import Ceilings, CudaTimer, Job, Timing, Workload
 from cca_megatron.bench.mix import Variant, flops, measure_mix, moved_bytes
 from cca_megatron.bench.results import Checked, Measured, Refused, Result, describe, read_all
@@ -277,12 +278,16 @@ def test_report_command(tmp_path):
         result.write(tmp_path / "results")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    docs = tmp_path / "docs.md"
+    docs.write_text("<!-- bench step -->\nold\n<!-- /bench -->\n")
     options = ["--results", tmp_path / "results", "--plots", tmp_path / "plots", "--readme", readme]
+    options += ["--docs", docs]
     arguments = ["report", *map(str, options)]
     run = CliRunner().invoke(command.app, arguments)
     assert run.exit_code == 0, run.output
     table = report.readme_table(read_all(tmp_path / "results"))
     assert readme.read_text() == f"before\n{report.BEGIN}\n{table}\n{report.END}\nafter\n"
+    assert docs.read_text() == "<!-- bench step -->\nNot measured yet.\n<!-- /bench -->\n"
     plots = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert plots == ["block-nvidia-h100-80gb-hbm3.png", "mix-nvidia-h100-80gb-hbm3.png"]
     readme.write_text("no markers")
@@ -313,7 +318,7 @@ def test_time_limit_and_storage(tmp_path):
             started("a case")
             yield Measured(row | times)
 
-    command._measure(Result("mix", MACHINE, {"copy_gb_per_s": 1.0}), events, 2, 0.0, tmp_path)
+    collect(Result("mix", MACHINE, {"copy_gb_per_s": 1.0}), events, 2, 0.0, tmp_path)
     [path] = tmp_path.iterdir()
     assert path.name == "mix-nvidia-h100-80gb-hbm3-2026-01-02t03-04-05z.json"
     stored = json.loads(path.read_text())

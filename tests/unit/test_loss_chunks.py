@@ -11,8 +11,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, layers, vocab_pa
 from support.chunked_loss import assert_same, computed, in_double
 from support.closeness import relative_error
 from support.megatron import Layout, parallel, tiny_config
-from support.memory import LiveBytes
 
+from cca_megatron.bench.live_bytes import LiveBytes
 from cca_megatron.training import loss as loss_module
 from cca_megatron.training.argument_rules import argument_problems
 from cca_megatron.training.arguments import add_arguments

@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 import torch
 from support.megatron import Layout, microbatches, parallel
-from support.memory import LiveBytes
 from support.planned import DENSE, MODELS, MOE, SEQUENCE, ZAYA, ZAYA_PARTS, arguments, built, norms_of_a_gpu
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from cca_megatron.bench.live_bytes import LiveBytes
 from cca_megatron.plan.compare import with_attention
 from cca_megatron.plan.layers import mean_keys
 from cca_megatron.plan.memory import memory_per_gpu

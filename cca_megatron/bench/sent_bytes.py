@@ -1,6 +1,6 @@
 """Count the bytes that this rank sends through torch.distributed."""
 
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ class SentBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.by_operation: Counter[str] = Counter()
+        self.by_operation: dict[str, float] = defaultdict(float)
 
     @property
     def total(self) -> float:
+        """Bytes in all."""
         return sum(self.by_operation.values())
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

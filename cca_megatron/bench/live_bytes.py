@@ -1,4 +1,4 @@
-"""Count the bytes of live tensors."""
+"""Count the bytes of live tensors, on whatever device."""
 
 import weakref
 from collections.abc import Iterable
