@@ -3,7 +3,7 @@
     python benchmarks/quality.py --seeds 1 2 3 --jobs 2 --json quality.json --plot quality.png
 
 trains every variant with every seed by the entry that ``cca-megatron train`` uses, each with the same number of
-parameters, data and schedule, and reports the loss on the whole validation set. Another RECIPE, and
+parameters, data and schedule, and reports the validation loss. Another RECIPE, and
 SECTION.KEY=VALUE settings, choose another model, dataset or length. Finished runs are not repeated: the same
 command goes on where it was stopped.
 """
@@ -12,10 +12,12 @@ import argparse
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import signal
 import subprocess
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,6 +46,9 @@ _POLL_SECONDS = 0.5
 def main() -> None:
     """Train what is missing, and report."""
     args = _parser().parse_args()
+    # Megatron warns of every optional package that is absent.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     try:
         runs, device = plan_runs(args.recipe, args.settings, args.variants, args.seeds, args.output)
         prepare_data(runs[0].command)
