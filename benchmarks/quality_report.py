@@ -8,8 +8,14 @@ from typing import Any
 
 from quality_variants import REFERENCE, TABLES, Row
 
-_DECIDED = 2.0
-"""Standard errors from which on a difference counts."""
+_T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t, two-sided, 95 %: standard errors from which on a difference of 2, 3 ... seeds counts."""
+
+_VERDICTS = {
+    "same": "in the paper's order",
+    "opposite": "in the opposite order",
+    "undecided": "undecided, in the paper",
+}
 
 
 @dataclass(frozen=True)
@@ -18,12 +24,20 @@ class Estimate:
 
     mean: float
     error: float | None
+    count: int
 
     @classmethod
     def of(cls, values: list[float]) -> "Estimate":
         """Of independent values."""
         error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-        return cls(statistics.fmean(values), error)
+        return cls(statistics.fmean(values), error, len(values))
+
+    @property
+    def differs_from_zero(self) -> bool:
+        """Whether the 95 % confidence interval excludes zero; never with one value."""
+        if self.error is None:
+            return False
+        return abs(self.mean) > _T95[min(self.count - 2, len(_T95) - 1)] * self.error
 
     def __str__(self) -> str:
         return f"{self.mean:.4f}" + ("" if self.error is None else f" +- {self.error:.4f}")
@@ -52,9 +66,9 @@ def difference(losses: Losses, variant: str, other: str) -> Estimate | None:
 
 
 def compare_with_paper(losses: Losses, rows: tuple[Row, ...]) -> list[tuple[str, str]]:
-    """For each two rows that differ in the paper, (statement of the paper, "same", "opposite" or "undecided").
+    """For each two rows that differ in the paper, (statement, "same", "opposite" or "undecided").
 
-    Undecided is a difference below 2 standard errors, or of one seed.
+    Undecided is a difference whose 95 % confidence interval includes zero, or of one seed.
     """
     verdicts = []
     for first, second in combinations(rows, 2):
@@ -64,9 +78,9 @@ def compare_with_paper(losses: Losses, rows: tuple[Row, ...]) -> list[tuple[str,
         found = difference(losses, worse.variant, better.variant)
         if found is None:
             continue
-        verdict = "same" if found.mean > 0 else "opposite"
-        if found.error is None or abs(found.mean) < _DECIDED * found.error:
-            verdict = "undecided"
+        verdict = "undecided"
+        if found.differs_from_zero:
+            verdict = "same" if found.mean > 0 else "opposite"
         verdicts.append((f"{better.label} < {worse.label}", verdict))
     return verdicts
 
@@ -97,22 +111,15 @@ def _table(name: str, rows: tuple[Row, ...], losses: Losses, counts: dict[str, i
             cells.append("" if row.paper is None else f"{row.paper:g}")
         lines.append(f"| {' | '.join(cells)} |")
     verdicts = compare_with_paper(losses, rows)
-    if verdicts:
-        named = {
-            verdict: [statement for statement, found in verdicts if found == verdict]
-            for verdict in ("same", "opposite", "undecided")
-        }
-        lines.append("")
-        lines += [
-            f"- {verdict}: {len(statements)} of {len(verdicts)}"
-            + (f" ({', '.join(statements)})" * bool(statements))
-            for verdict, statements in named.items()
-        ]
+    lines += [""] if verdicts else []
+    for verdict, text in _VERDICTS.items():
+        found = [statement for statement, its in verdicts if its == verdict]
+        lines += [f"- {text}: {', '.join(found)}"] if found else []
     return "\n".join(lines)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """For each table the curves with their spread over seeds, and below the losses at the end, seed by seed."""
+    """Curves with their spread over seeds, and below the losses at the end, seed by seed, for each table."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,13 +140,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
         ends.axvline(0, color="0.6", linewidth=1)
         ends.set_yticks(range(len(rows)), [row.label for row in rows])
         ends.invert_yaxis()
-        ends.set_xlabel(f"loss at the end minus {REFERENCE.upper()}'s with the same seed, nats per token")
+        ends.set_xlabel(f"loss at the end minus {REFERENCE.upper()}'s, nats per token")
         curves.grid(alpha=0.3)
         ends.grid(alpha=0.3)
     seeds = max((len(by_seed) for by_seed in losses.values()), default=0)
     figure.suptitle(
-        f"{result['runs'][0]['parameters'] / 1e6:.2f} million parameters each, up to {seeds} seeds; bands: lowest to "
-        "highest seed; bars: standard error"
+        f"{result['runs'][0]['parameters'] / 1e6:.2f} million parameters each, up to {seeds} seeds; bands: "
+        "lowest to highest seed; bars: standard error"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -147,7 +154,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def _draw_curve(axes: Any, row: Row, runs: list[dict[str, Any]], tokens: float) -> None:
-    """The mean over seeds, and a band from the lowest to the highest; the first evaluation is off the scale."""
+    """The mean over seeds, a band from the lowest to the highest; not the first point, which is off the scale."""
     curves = [dict(run["validation"][1:]) for run in runs if run["variant"] == row.variant]
     common = sorted(set.intersection(*map(set, curves)))
     values = [[curve[iteration] for curve in curves] for iteration in common]

@@ -1,26 +1,18 @@
 """What ``quality.py`` compares: attention variants as settings of a recipe, with the losses of the paper.
 
-The heads follow the paper's: MHA fills the width; all others keep a quarter of its cache of keys and values (a
-quarter of the heads, or latents as wide). Everything but attention is the recipe's, except that the width of the
-MLPs is chosen so that all have the same number of parameters.
+The heads follow the paper's: MHA fills the width; all others keep a quarter of its cache of keys and values
+(a quarter of the heads, or latents as wide). Everything but attention is the recipe's, except that the width
+of the MLPs is chosen so that all have the same number of parameters.
 """
 
 import copy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cca_megatron.plan.shapes import model_from_args
-from cca_megatron.training.command import Command, build_command
-from cca_megatron.training.device import Device
-from cca_megatron.training.recipe import RecipeError, load_recipe
+from cca_megatron.training.recipe import RecipeError
 
 REFERENCE = "ccgqa"
 """The variant that the others are matched to and compared with."""
-TOLERANCE = 0.01
-"""Of parameters, relative."""
 _COMPRESSION = 4
 """Of the cache of keys and values."""
 _HEAD_SETTINGS = ("preset", "num-attention-heads", "num-query-groups", "multi-latent-attention")
@@ -90,10 +82,13 @@ def sections(base: dict[str, Any], variant: Variant, seed: int, ffn: int) -> dic
         ffn: width of the MLPs.
 
     Raises:
-        RecipeError: heads of the recipe's width do not fill its hidden size.
+        RecipeError: a size is missing, or heads of the recipe's width do not fill its hidden size.
     """
     content = copy.deepcopy(base)
     model, megatron = content["model"], content["megatron"]
+    for name in ("hidden-size", "kv-channels", "ffn-hidden-size"):
+        if name not in model:
+            raise RecipeError(f"model.{name}: must be set in the recipe; quickstart.yaml sets it")
     hidden, dim = model["hidden-size"], model["kv-channels"]
     heads, rest = divmod(hidden, dim * _COMPRESSION)
     if rest:
@@ -130,44 +125,3 @@ def _heads(kind: str, full: int, quarter: int, dim: int) -> dict[str, Any]:
     queries = quarter if kind == "cca" else full
     groups = full if kind == "mha" else quarter
     return {"num-attention-heads": queries, "num-query-groups": groups}
-
-
-def write_recipe(content: dict[str, Any], path: Path, device: Device) -> Command:
-    """Write the sections of a recipe, and check that they can run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return build_command(load_recipe(path, []), device)
-
-
-def parameters(command: Command) -> int:
-    """Of the model that this command trains, as the planner counts them."""
-    return sum(part.count for part in model_from_args(command.args).parts())
-
-
-def matched_ffn(base: dict[str, Any], variant: Variant, target: int, folder: Path, device: Device) -> int:
-    """The width of the MLPs that brings a variant nearest to as many parameters.
-
-    Args:
-        base: the sections of the recipe.
-        variant: to match.
-        target: parameters to reach.
-        folder: for the recipes that are tried.
-        device: where they will run.
-
-    Raises:
-        RecipeError: no width comes within 1 percent.
-    """
-    width = base["model"]["ffn-hidden-size"]
-
-    def count(ffn: int) -> int:
-        return parameters(write_recipe(sections(base, variant, 1, ffn), folder / "trial.yaml", device))
-
-    at_width = count(width)
-    per_channel = count(width + 1) - at_width
-    found = width + round((target - at_width) / per_channel) if per_channel else width
-    if found < 1 or abs(count(found) - target) > TOLERANCE * target:
-        raise RecipeError(
-            f"model.ffn-hidden-size={width}: no width of dense MLPs gives {variant.kind} the {target:,} "
-            "parameters of the reference; a model with dense layers that are wider works"
-        )
-    return found
