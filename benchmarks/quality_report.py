@@ -154,7 +154,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def _draw_curve(axes: Any, row: Row, runs: list[dict[str, Any]], tokens: float) -> None:
-    """The mean over seeds, a band from the lowest to the highest; not the first point, which is off the scale."""
+    """The mean over seeds, and a band from lowest to highest; the first point would be off the scale."""
     curves = [dict(run["validation"][1:]) for run in runs if run["variant"] == row.variant]
     common = sorted(set.intersection(*map(set, curves)))
     values = [[curve[iteration] for curve in curves] for iteration in common]

@@ -12,6 +12,7 @@ from support.megatron import Layout, microbatches, parallel
 from support.planned import DENSE, built
 
 from cca_megatron import CCASelfAttention
+from cca_megatron.inference.load import load_model
 from cca_megatron.plan.shapes import model_from_args
 from cca_megatron.training.command import Command, build_command
 from cca_megatron.training.recipe import RecipeError, load_recipe
@@ -180,3 +181,8 @@ def test_the_ablation_ladder_falls_in_the_paper_as_parts_are_added():
     losses = [row.paper for row in TABLES["ablation"]]
     assert losses == sorted(losses, reverse=True)
     assert len(losses) == 5
+
+
+def test_generation_refuses_a_baseline(tmp_path):
+    with pytest.raises(ValueError, match="attention='megatron': models with CCA are generated with here"):
+        load_model(tmp_path, command_of("mha", tmp_path).args, 1, torch.float32)
