@@ -60,7 +60,7 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
-	$(BIN)/shellcheck -x -P . $(wildcard launch/*.sh launch/*.env slurm/* docker/*.sh scripts/*.sh) .ci/run
+	$(BIN)/shellcheck -x -P . $(wildcard launch/*.sh launch/*.env slurm/* docker/*.sh scripts/*.sh tests/launch/*.sh) .ci/run
 
 clean:
 	rm -rf .venv .venv-bridge .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -1,18 +1,17 @@
-"""Peak memory and time of the output layer and the loss on the CPU in fp32: all tokens at once, in chunks.
+"""Peak memory of the output layer and the loss on the CPU in fp32: all tokens at once, in chunks.
 
     python benchmarks/loss_memory.py --json benchmarks/results/memory/loss.json --plot docs/loss_memory.png
 
 runs Megatron's output layer and loss forward and backward under its data parallelism, each case in a process
-of its own. What a process with a single token needs (libraries, weight, main_grad) is subtracted.
+of its own: the peak of its resident memory beside what it holds before (libraries, weight, main_grad, input).
 """
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
-from own_process import facts, peak_bytes, write
+from own_process import PeakBytes, facts, peak_bytes, write
 
 
 def main() -> None:
@@ -23,29 +22,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--vocabulary", type=int, default=65536)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
+    parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--plot", type=Path, help="draw it to this file")
-    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case is not None:
-        print(json.dumps({"seconds": step(args.tokens, args.vocabulary, args.hidden, args.case)}))
+        print(json.dumps(step(args.tokens, args.vocabulary, args.hidden, args.case)))
         return
-    sizes = ["--vocabulary", str(args.vocabulary), "--hidden", str(args.hidden)]
-    base, _ = peak_bytes(__file__, *sizes, "--tokens", "1", "--case", "0")
-    rows = []
-    for chunk_size in (0, *args.chunk_sizes):
-        peak, output = peak_bytes(__file__, *sizes, "--tokens", str(args.tokens), "--case", str(chunk_size))
-        seconds = json.loads(output.splitlines()[-1])["seconds"]
-        rows.append({"chunk_size": chunk_size or None, "bytes": peak - base, "seconds": round(seconds, 1)})
-        print(
-            f"{chunk_size or 'all tokens':>10}  {(peak - base) / 1e9:.2f} GB  "
-            f"{rows[0]['bytes'] / rows[-1]['bytes']:.1f}x  {seconds:.1f} s",
-            flush=True,
-        )
+    sizes = [f"--{name}={getattr(args, name)}" for name in ("tokens", "vocabulary", "hidden")]
+    rows: list[dict[str, Any]] = []
+    for chunk_size in (None, *args.chunk_sizes):
+        _, output = peak_bytes(__file__, *sizes, f"--case={chunk_size or 'all'}")
+        row = {"chunk_size": chunk_size, **json.loads(output.splitlines()[-1])}
+        rows.append(row)
+        times, name = rows[0]["bytes"] / row["bytes"], chunk_size or "all tokens"
+        print(f"{name:>10}  {row['bytes'] / 1e9:.2f} GB  {times:.1f}x", flush=True)
     result = {
         **{name: getattr(args, name) for name in ("tokens", "vocabulary", "hidden")},
-        "base_bytes": base,
         "rows": rows,
         "machine": facts(),
     }
@@ -55,8 +49,8 @@ def main() -> None:
         plot(result, args.plot)
 
 
-def step(tokens: int, vocabulary: int, hidden: int, chunk_size: int) -> float:
-    """Forward and backward once, with all logits if the size is 0; seconds."""
+def step(tokens: int, vocabulary: int, hidden: int, case: str) -> dict[str, int]:
+    """Peak bytes of one forward and backward pass, with "all" logits or this size of a chunk."""
     from cca_megatron.training import cpu_backend
 
     cpu_backend.install()
@@ -87,21 +81,22 @@ def step(tokens: int, vocabulary: int, hidden: int, chunk_size: int) -> float:
     language = LanguageModule(config)
     states = torch.randn(tokens, 1, hidden, requires_grad=True)
     labels = torch.randint(0, vocabulary, (1, tokens))
-    started = time.perf_counter()
-    if chunk_size:
+    layer.weight.main_grad.zero_()  # it is in memory from the first step on
+    memory = PeakBytes()
+    if case == "all":
+        losses = language.compute_language_model_loss(labels, layer(states)[0])
+    else:
         losses = chunked_loss(
             hidden_states=states,
             output_layer=layer,
             output_weight=None,
             labels=labels,
-            context=chunk_size,
+            context=int(case),
             compute_language_model_loss=language.compute_language_model_loss,
             scale_logits=language._scale_logits,
         )
-    else:
-        losses = language.compute_language_model_loss(labels, layer(states)[0])
     losses.mean().backward()
-    return time.perf_counter() - started
+    return {"bytes": memory.beside()}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

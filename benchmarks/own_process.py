@@ -28,6 +28,23 @@ def peak_bytes(*words: str) -> tuple[int, str]:
     return 1024 * usage.ru_maxrss, output
 
 
+class PeakBytes:
+    """Peak of this process's resident memory from here on, beside what it holds here; Linux only."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak until now
+        self._before = self._peak()
+
+    def beside(self) -> int:
+        """Bytes until now."""
+        return self._peak() - self._before
+
+    @staticmethod
+    def _peak() -> int:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+        return 1024 * int(line.split()[1])
+
+
 def facts() -> dict[str, Any]:
     """Machine, versions, date and command."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]

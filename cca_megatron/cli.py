@@ -1,4 +1,4 @@
-"""The command line: ``cca-megatron train | submit | status | data | convert | generate | doctor | bench``.
+"""The command line: ``cca-megatron train | submit | status | diagnose | preflight | plan | data | ...``.
 
 Imports are inside the commands, so that ``--help`` answers at once.
 """
@@ -16,6 +16,7 @@ from rich.table import Table
 from cca_megatron.bench.command import app as bench_app
 from cca_megatron.cluster.command import status, submit
 from cca_megatron.cluster.diagnose import diagnose
+from cca_megatron.cluster.preflight.command import preflight
 from cca_megatron.convert import app as convert_app
 from cca_megatron.generate import generate
 from cca_megatron.plan.command import plan
@@ -39,6 +40,7 @@ app.command()(submit)
 app.command()(status)
 app.command()(diagnose)
 app.command()(plan)
+app.command()(preflight)
 
 
 def main() -> None:

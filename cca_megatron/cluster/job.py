@@ -186,7 +186,7 @@ def _explained(run: RunDirectory, attempt: Attempt, failure: Failure | None) -> 
         return f"{attempt.reason}: {then}" if attempt.reason else then
     at = "" if failure.rank is None else f" on rank {failure.rank}"
     at += "" if failure.node is None else f" of {failure.node}"
-    message = failure.message.splitlines()[-1] if failure.message else ""
+    message = failure.message.splitlines()[0] if failure.message else ""
     return f"{failure.kind}{at}: {message}\n{then}; cca-megatron diagnose {run.root} shows more"
 
 

@@ -1,7 +1,7 @@
 """Parameters, FLOPs, kept bytes and cache of one attention layer: CCA, MHA and GQA, MLA.
 
-FLOPs are those of a forward pass, 2 per multiply-add. Those of core attention are given for one pair of a query
-and a key, so that the caller decides how many pairs a causal mask or a window leaves.
+FLOPs are those of a forward pass, 2 per multiply-add. Those of core attention are given for one pair of a
+query and a key, so that the caller decides how many pairs a causal mask or a window leaves.
 """
 
 from abc import ABC, abstractmethod
@@ -31,7 +31,7 @@ class Attention(ABC):
 
     @abstractmethod
     def kept(self, tensor: int, element: int) -> dict[str, float]:
-        """Bytes per token that one of ``tensor`` ranks keeps for the backward pass, by Megatron's module names.
+        """Bytes per token that one of ``tensor`` ranks keeps for the backward pass, by Megatron's names.
 
         The layer's input, as normalised, is the caller's to count. The mix of CCA is the fused kernels', core
         attention flash attention.

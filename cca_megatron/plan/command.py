@@ -2,8 +2,6 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,11 +50,10 @@ def plan(
 
     Parameters and FLOPs by part, memory of the fullest GPU, bytes sent on each parallel axis, the time of
     a step and where it goes. What cannot be reckoned is refused. For example, ZAYA1-8B beside the same
-    model with ordinary attention, at two lengths on 64 GPUs:
+    model with ordinary attention:
 
-    `cca-megatron plan configs/recipes/zaya1_8b_32k_64gpu.yaml --compare mha,gqa,mla --seq-length 32768,131072`
+    `cca-megatron plan configs/recipes/zaya1_8b_32k_64gpu.yaml --compare mha,gqa,mla`
     """
-    from cca_megatron.plan import plots, report
     from cca_megatron.plan.hardware import GPUS
     from cca_megatron.training.recipe import RecipeError
 
@@ -67,6 +64,9 @@ def plan(
             raise RecipeError(
                 "search with several attentions or lengths: one at a time; leave out the others"
             )
+        _import_megatron()
+        from cca_megatron.plan import plots, report
+
         plans = _plans(recipe, overrides or [], gpus, gpu, _lengths(seq_length), _names(compare))
         found: list[dict[str, Any]] = [one.as_json() for one in plans]
         if search:
@@ -110,7 +110,7 @@ def _plans(
         here = _GPUS_PER_NODE if nodes else gpus
         overrides = [*overrides, f"launch.nodes={max(1, nodes)}", f"launch.gpus_per_node={here}"]
     plans = []
-    for length in lengths or [None]:
+    for length in lengths or (None,):
         changes = [] if length is None else [f"megatron.seq-length={length}"]
         args = _arguments(path, [*overrides, *changes], length)
         model, parallel, run = model_from_args(args), parallel_from_args(args), run_from_args(args)
@@ -121,6 +121,7 @@ def _plans(
 
 def _arguments(path: Path, overrides: list[str], length: int | None) -> Namespace:
     """The recipe's arguments, checked as for training."""
+    from cca_megatron.training.command import build_command
     from cca_megatron.training.recipe import load_recipe
 
     recipe = load_recipe(path, overrides)
@@ -129,23 +130,23 @@ def _arguments(path: Path, overrides: list[str], length: int | None) -> Namespac
     positions = recipe.arguments.get("max-position-embeddings")
     if length is not None and positions is not None and positions < length:
         recipe.arguments["max-position-embeddings"] = length
-    with _megatron_that_compiles_nothing():
-        from cca_megatron.training.command import build_command
+    return build_command(recipe, "cpu").args
+
+
+def _import_megatron() -> None:
+    """Without PyTorch's compiler, which Megatron's decorators would load: a third of the time of a plan."""
+    import torch
+
+    def as_it_is(model: Any = None, **_: Any) -> Any:
+        return as_it_is if model is None else model
+
+    compiler: Any = torch.compile
+    torch.compile = as_it_is
+    try:
         from cca_megatron.training.session import load_megatron
 
         load_megatron("cpu")
-        return build_command(recipe, "cpu").args
-
-
-@contextmanager
-def _megatron_that_compiles_nothing() -> Iterator[None]:
-    """Import Megatron without PyTorch's compiler, which its decorators would load: a second for nothing here."""
-    import torch
-
-    compiler: Any = torch.compile
-    torch.compile = lambda model=None, **_: (lambda inner: inner) if model is None else model  # type: ignore[assignment]
-    try:
-        yield
+        import megatron.training.arguments  # noqa: F401
     finally:
         torch.compile = compiler
 

@@ -1,8 +1,8 @@
 """Bytes that one GPU sends in a training step, by parallel axis, and over which wires.
 
 Collectives are counted as a ring runs them: an all-gather or reduce-scatter of n bytes over r ranks sends
-(r - 1)/r * n on each, an all-reduce twice that. What is below a number per token, such as the counts of tokens
-that experts get, is left out.
+(r - 1)/r * n on each, an all-reduce twice that. What is below a number per token, such as the counts of
+tokens that experts get, is left out.
 """
 
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ from cca_megatron.plan.traffic import traffic
 Axis = Literal["tensor", "context", "expert", "pipeline", "data"]
 Pattern = Literal["ring", "neighbours", "all-to-all"]
 """A ring collective; sends to one neighbour, which one network card carries; an exchange of all with all."""
+HALO = "rows before a chunk"
 _ALL_REDUCED_LOGITS = 3
 """Numbers in fp32 per token that a loss over a cut vocabulary sums over ranks: maximum, sum, the label's."""
 
@@ -133,8 +134,8 @@ def _context(layers: _Counted, parallel: Parallel, run: Run, element: int) -> It
     count = sum(count for _, count in layers)
     pattern: Pattern = {"p2p": "neighbours", "a2a": "all-to-all"}.get(run.cp_comm_type, "ring")  # type: ignore[assignment]
     for name, kind in (
-        ("rows before a chunk", "context:"),
-        (run.cp_comm_type, f"context, {run.cp_comm_type}:"),
+        (HALO, "context:"),
+        (f"keys and values ({run.cp_comm_type})", f"context, {run.cp_comm_type}:"),
     ):
         forward = backward = 0.0
         for row in traffic(layers[0][0].attention.traffic_shape(element), parallel.tensor, parallel.context):
@@ -144,7 +145,7 @@ def _context(layers: _Counted, parallel: Parallel, run: Run, element: int) -> It
                 forward += row.forward * unit * count
                 backward += row.backward * unit * count
         backward += forward * (_forward_passes(run) - 1)
-        yield Message("context", name, forward, backward, group, "neighbours" if "rows" in name else pattern)
+        yield Message("context", name, forward, backward, group, "neighbours" if name == HALO else pattern)
 
 
 def _expert(layers: _Counted, parallel: Parallel, run: Run, element: int) -> Iterator[Message]:

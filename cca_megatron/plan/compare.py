@@ -17,8 +17,8 @@ _WIDE = 4096
 def with_attention(model: Model, kind: Kind) -> Model:
     """The model with heads that fill its hidden size, of the width that it has; nothing else changes.
 
-    ``mla`` has the proportions of DeepSeek-V2 (arXiv 2405.04434): latents of 4 head widths for keys and values, 12
-    for queries, and half a head for positions.
+    ``mla`` has the proportions of DeepSeek-V2 (arXiv 2405.04434): latents of 4 head widths for keys and
+    values, 12 for queries, and half a head for positions.
 
     Raises:
         RecipeError: the kind is unknown, or heads do not fill the hidden size.
@@ -29,13 +29,11 @@ def with_attention(model: Model, kind: Kind) -> Model:
     if not isinstance(ours, HeadAttention):
         raise RecipeError(f"compare={kind} with multi_latent_attention=true: compare from CCA, MHA or GQA")
     hidden, dim = ours.hidden_size, ours.head_dim
-    heads, rest = divmod(hidden, dim)
-    if rest:
+    heads = hidden // dim
+    if heads * dim != hidden:
         raise RecipeError(
-            f"compare={kind} with hidden_size={hidden}, kv_channels={dim}: heads of that width do not fill it; "
-            f"model.kv-channels={hidden // max(1, heads)} works"
-            if hidden % max(1, heads) == 0
-            else f"compare={kind} with hidden_size={hidden}, kv_channels={dim}: heads of that width do not fill it"
+            f"compare={kind} with hidden_size={hidden}: heads of kv_channels={dim} do not fill it; "
+            f"model.hidden-size={max(1, heads) * dim} works"
         )
     attention: Attention
     if kind == "mla":

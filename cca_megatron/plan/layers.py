@@ -91,7 +91,7 @@ class Router:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts; every token is taken to visit ``chosen`` of them, and all to have equally many."""
+    """A mixture of experts; a token visits ``chosen`` of them, and all are taken to have equally many."""
 
     expert: Mlp
     count: int
@@ -160,10 +160,9 @@ class Layer:
     def parts(self) -> tuple[Part, ...]:
         """All parameters."""
         scales = (8 * self.scaled + 2 * self.scaled_input) * self.hidden_size
-        own = (Part("norms", 2 * self.norm_parameters, "whole"),)
-        if scales:
-            own += (Part("residual scaling", scales, "whole"),)
-        return (*self.attention.parts(), *self.mlp.parts(), *own)
+        norms = Part("norms", 2 * self.norm_parameters, "whole")
+        scaling = (Part("residual scaling", scales, "whole"),) if scales else ()
+        return (*self.attention.parts(), *self.mlp.parts(), norms, *scaling)
 
     def flops(self, sequence: int) -> dict[str, float]:
         """Forward FLOPs per token, by part, in sequences of that length."""

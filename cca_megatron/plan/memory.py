@@ -1,9 +1,9 @@
 """Memory of one GPU in a training step, in bytes.
 
-The peak is what stays (weights, gradients, optimizer, activations of the micro-batches under way, buffers) and
-the larger of two things that come and go: logits with their gradient, and the layer that is in its backward
-pass. The CUDA context, NCCL's own buffers and fragmentation are not in it; they take what is left of the GPU
-above its nominal size (:mod:`cca_megatron.plan.hardware`).
+The peak is what stays (weights, gradients, optimizer, activations of the micro-batches under way, buffers)
+and the larger of two things that come and go: logits with their gradient, and the layer that is in its
+backward pass. The CUDA context, NCCL's own buffers and fragmentation are not in it; they take what is left of
+the GPU above its nominal size (:mod:`cca_megatron.plan.hardware`).
 """
 
 from argparse import Namespace
@@ -223,7 +223,7 @@ def _logits(model: Model, parallel: Parallel, run: Run, tokens: float) -> float:
     both = model.element if run.in_place_loss or model.element == 4 else model.element + 4
     at_once = tokens if run.loss_chunk is None else min(tokens, run.loss_chunk)
     logits = at_once * model.vocabulary / parallel.tensor * both
-    gathered = tokens * model.hidden_size * model.element * (parallel.sequence_parts > 1)
+    gathered = at_once * model.hidden_size * model.element * (parallel.sequence_parts > 1)
     return logits + gathered
 
 

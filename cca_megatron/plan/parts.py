@@ -9,7 +9,7 @@ Cut = Literal["tensor", "group", "whole", "expert"]
 
 @dataclass(frozen=True)
 class Parallel:
-    """Sizes of the parallel axes, in Megatron's sense; their product (experts aside) is the number of GPUs."""
+    """Sizes of the parallel axes, in Megatron's sense; experts aside, their product is the number of GPUs."""
 
     tensor: int = 1
     sequence: bool = False

@@ -1,6 +1,7 @@
 """The picture of ``cca-megatron plan --plot``: memory of a GPU and time of a token, side by side."""
 
 from pathlib import Path
+from typing import Any
 
 from cca_megatron.plan.summary import Plan
 
@@ -10,7 +11,7 @@ _LEAST = 0.01
 
 
 def plot_plans(plans: list[Plan], path: Path) -> None:
-    """Two bars for each plan, in GB and in microseconds per token and GPU; the file's ending is its format."""
+    """Two bars for each plan, in GB and in microseconds per token; the ending of the path is the format."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -20,30 +21,32 @@ def plot_plans(plans: list[Plan], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     memory = {name: [_memory(plan)[name] / 1e9 for plan in plans] for name in _MEMORY}
     _bars(left, labels, memory)
-    left.axhline(plans[0].gpu.memory / 1e9, color="black", linestyle="--", linewidth=1)
+    limit = plans[0].gpu.memory / 1e9
+    left.axhline(limit, color="black", linestyle="--", linewidth=1)
+    left.set_ylim(0, 1.08 * max(limit, *(plan.memory.total / 1e9 for plan in plans)))
     left.set_ylabel("memory of one GPU, GB")
-    left.set_title(f"Memory ({plans[0].gpu.name}: dashed)")
+    left.set_title(f"Memory (dashed: what a {plans[0].gpu.name} has)")
     _bars(right, labels, _time(plans))
     right.set_ylabel("time per token and GPU, us")
     right.set_title("Where the time goes")
     p = plans[0].parallel
     figure.suptitle(
-        f"Reckoned, not measured: {p.gpus:,} x {plans[0].gpu.name}, TP {p.tensor}, CP {p.context}, PP {p.pipeline}, "
-        f"EP {p.expert}, DP {p.data}",
+        f"Reckoned, not measured: {p.gpus:,} x {plans[0].gpu.name}, TP {p.tensor}, CP {p.context}, "
+        f"PP {p.pipeline}, EP {p.expert}, DP {p.data}",
         fontsize=11,
     )
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def _bars(axes: "object", labels: list[str], parts: dict[str, list[float]]) -> None:
+def _bars(axes: Any, labels: list[str], parts: dict[str, list[float]]) -> None:
     base = [0.0] * len(labels)
     for number, (name, values) in enumerate(parts.items()):
         if any(values):
-            axes.bar(labels, values, bottom=base, label=name, color=f"C{number}", width=0.6)  # type: ignore[attr-defined]
+            axes.bar(labels, values, bottom=base, label=name, color=f"C{number}", width=0.6)
             base = [low + value for low, value in zip(base, values, strict=True)]
-    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)  # type: ignore[attr-defined]
-    axes.set_ylim(0, 1.08 * max(base))  # type: ignore[attr-defined]
+    axes.tick_params(axis="x", labelsize=8)
+    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
 def _memory(plan: Plan) -> dict[str, float]:

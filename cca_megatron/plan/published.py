@@ -2,9 +2,9 @@
 
     python -m cca_megatron.plan.published
 
-prints the table of docs/planner.md. The shares of the peak in :mod:`cca_megatron.plan.hardware` marked as fitted
-were chosen with these runs in view, two numbers for each GPU, so the errors say how well one set of numbers fits
-runs from 1.7 to 1,008 billion parameters, not how well it foretells others.
+prints the table of docs/planner.md. The shares in :mod:`cca_megatron.plan.hardware` that are marked as fitted
+were chosen with these runs in view, so the errors say how well one set of numbers fits runs from 1.7 to 1,008
+billion parameters, not how well it foretells others.
 """
 
 from dataclasses import dataclass
@@ -139,7 +139,7 @@ def _nemotron(data: int, batch: int, seconds: float) -> Published:
 
 
 def _llama(context: int, data: int, sequence: int, batch: int, teraflops: float) -> Published:
-    """Llama 3 405B, which is not Megatron but on the same axes: table 4. Chunks of one layer follow from its text."""
+    """Llama 3 405B, not Megatron but on the same axes: table 4. Its text says chunks of one layer."""
     layer = Layer(HeadAttention(16384, 128, 8, 128), Mlp(16384, 53248, gated=True), norm_parameters=16384)
     model = Model((layer,) * 126, vocabulary=128256, tied=False)
     parallel = Parallel(
@@ -185,8 +185,8 @@ def markdown() -> str:
         p = run.parallel
         layout = f"{p.tensor}, {p.context}, {p.pipeline} x {p.chunks}, {p.data}"
         lines.append(
-            f"| {run.name} | {p.gpus:,} {run.gpu.upper()} | {layout} | {run.run.sequence:,} | {run.seconds:.2f} | "
-            f"{run.reckoned().seconds:.2f} | {run.error:+.1%} | {run.source} |"
+            f"| {run.name} | {p.gpus:,} {run.gpu.upper()} | {layout} | {run.run.sequence:,} | "
+            f"{run.seconds:.2f} | {run.reckoned().seconds:.2f} | {run.error:+.1%} | {run.source} |"
         )
     return "\n".join(lines)
 

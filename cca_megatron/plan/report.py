@@ -7,8 +7,8 @@ from cca_megatron.plan.search import Candidate
 from cca_megatron.plan.summary import Plan
 
 _NOTICE = (
-    "A model, not a measurement: docs/planner.md says what it counts and how exact each part is. Experts are taken "
-    "to be evenly loaded, and the GPU to run Transformer Engine and the fused kernels."
+    "A model, not a measurement: docs/planner.md says what it counts and how exact each part is. Experts are "
+    "taken to be evenly loaded, and the GPU to run Transformer Engine and the fused kernels."
 )
 _SHOWN = 10
 """Layouts of a search."""
@@ -26,19 +26,19 @@ def show_plan(console: Console, plan: Plan) -> None:
         f"({step.tokens_per_second / plan.parallel.gpus:,.0f} per GPU), {step.mfu:.1%} of the peak"
     )
     _fits(console, plan)
-    console.print(_NOTICE, style="dim")
+    console.print(_NOTICE, style="dim", soft_wrap=True)
 
 
 def show_comparison(console: Console, plans: list[Plan]) -> None:
     """One line for each run."""
     table = _table(
         "attention",
-        "sequence",
-        "parameters, G",
-        "cache, B/token",
+        "tokens",
+        "weights, G",
+        "cache, B",
         "memory, GB",
         "step, s",
-        "tokens/s/GPU",
+        "tok/s/GPU",
         "MFU",
     )
     for plan in plans:
@@ -57,7 +57,7 @@ def show_comparison(console: Console, plans: list[Plan]) -> None:
     console.print(table)
     if not all(plan.fits for plan in plans):
         console.print(f"! does not fit the {_giga(plans[0].gpu.memory)} GB of one {plans[0].gpu.name}")
-    console.print(_NOTICE, style="dim")
+    console.print(_NOTICE, style="dim", soft_wrap=True)
 
 
 def show_search(console: Console, plan: Plan, found: list[Candidate]) -> None:
@@ -80,14 +80,14 @@ def show_search(console: Console, plan: Plan, found: list[Candidate]) -> None:
         )
     console.print(table)
     console.print(f"{len(found)} layouts fit; the first: " + " ".join(found[0].overrides()), soft_wrap=True)
-    console.print(_NOTICE, style="dim")
+    console.print(_NOTICE, style="dim", soft_wrap=True)
 
 
 def _heading(console: Console, plan: Plan) -> None:
     p, run = plan.parallel, plan.run
     console.print(
-        f"{p.gpus:,} x {plan.gpu.name}: TP {p.tensor}, CP {p.context}, PP {p.pipeline} x {p.chunks}, EP {p.expert}, "
-        f"DP {p.data}; {run.global_batch:,} sequences of {run.sequence:,} tokens a step",
+        f"{p.gpus:,} x {plan.gpu.name}: TP {p.tensor}, CP {p.context}, PP {p.pipeline} x {p.chunks}, "
+        f"EP {p.expert}, DP {p.data}; {run.global_batch:,} sequences of {run.sequence:,} tokens a step",
         soft_wrap=True,
     )
 

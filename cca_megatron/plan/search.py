@@ -51,9 +51,9 @@ class Candidate:
 def search(model: Model, gpus: int, run: Run, gpu: Gpu) -> list[Candidate]:
     """All layouts of this many GPUs that fit their memory, the fastest first.
 
-    Tried are tensor (within a node), context, pipeline (without chunks) and expert parallelism in powers of two and
-    what divides the layers, micro-batches of 1 to 8 samples, and recomputation of nothing, as in ``run`` and of
-    everything. The global batch stays.
+    Tried are tensor (within a node), context, pipeline (without chunks) and expert parallelism in powers of
+    two and what divides the layers, micro-batches of 1 to 8 samples, and recomputation of nothing, as in
+    ``run`` and of everything. The global batch stays.
     """
     found = []
     for parallel in _layouts(model, gpus, run, gpu):

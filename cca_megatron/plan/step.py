@@ -1,9 +1,9 @@
 """Time of a training step: what each GPU computes, moves and sends, and what of it can run at once.
 
-A model, not a measurement. Matrix products and core attention run at a share of the GPU's peak, everything else
-at a share of its memory bandwidth. Communication of tensor and expert parallelism stops the computation; keys and
-values of a ring travel beside attention; gradients and weights of data parallelism beside the backward and forward
-passes, as far as these last.
+A model, not a measurement. Matrix products and core attention run at a share of the GPU's peak, everything
+else at a share of its memory bandwidth. Communication of tensor and expert parallelism stops the computation;
+keys and values of a ring travel beside attention; gradients and weights of data parallelism beside the
+backward and forward passes, as far as these last.
 """
 
 from collections import defaultdict
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cca_megatron.plan import hardware
 from cca_megatron.plan.attention import MIX, CompressedAttention
-from cca_megatron.plan.communication import Group, Message, communication
+from cca_megatron.plan.communication import HALO, Group, Message, communication
 from cca_megatron.plan.hardware import Gpu
 from cca_megatron.plan.layers import DENSE, EXPERTS, ROUTER, SHARED, Layer, Model
 from cca_megatron.plan.memory import stage_layers, stage_parts
@@ -27,9 +27,9 @@ _RECOMPUTED_FLOPS = {
 _ACCESSES = 3
 """Each kept tensor is written once, and read by the element-wise kernel and the matrix product after it."""
 _LOSS_BYTES = 54
-"""Per logit, forward and backward, of Megatron's cross entropy: a dozen passes over the fp32 copy, three over bf16."""
+"""Per logit, of Megatron's cross entropy: a dozen passes over the fp32 copy, three over those in bf16."""
 _ADAM_BYTES = 30
-"""Per parameter: gradient, weight and both moments read, the latter three written in fp32, the weight in bf16."""
+"""Per parameter: gradient, weight and moments read, the latter three written in fp32, the weight in bf16."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _micro_batch(
         elif message.axis == "expert":
             parts["expert parallel"] += seconds + 2 * _latency(count)
         elif message.axis == "context":
-            hidden = attention if message.name == "p2p" else 0.0
+            hidden = attention if message.pattern == "neighbours" and message.name != HALO else 0.0
             parts["context parallel"] += max(0.0, seconds - hidden) + _latency(count)
         elif message.axis == "pipeline" and message.name == "hidden states":
             # Chunks send beside the computation of others.
@@ -185,7 +185,7 @@ def _core_attention(
 
 
 def _mix(layer: Layer, parallel: Parallel, element: int, gpu: Gpu, tokens: float) -> tuple[float, float]:
-    """The fused kernels at their goal: every tensor read and written once, three products in the backward pass."""
+    """The fused kernels at their goal, forward and backward: every tensor is read and written once."""
     attention = layer.attention
     if not isinstance(attention, CompressedAttention):
         return 0.0, 0.0

@@ -4,23 +4,15 @@ import functools
 import re
 from collections.abc import Callable
 
+from cca_megatron.plan.hardware import GPUS
 from cca_megatron.training.tensorboard import write_scalars
 
 _THROUGHPUT = re.compile(r"throughput per GPU \(TFLOP/s/GPU\): ([\d.]+) \|")
-_CHIP = re.compile(r"\b(GB200|B200|GH200|H200|H100|A100)\b")
+_CHIP = re.compile(r"\b(GH200|B200|H200|H100|A100)\b")
 
-# Dense bf16 TFLOP/s, by NVIDIA's data sheets; where they give sparse figures, half of those.
-_PEAKS = {
-    "A100": 312.0,
-    "H100": 989.4,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.5,
-    "H200": 989.4,
-    "H200 NVL": 835.5,
-    "GH200": 989.4,
-    "B200": 2250.0,
-    "GB200": 2500.0,
-}
+# Dense bf16 TFLOP/s of forms that run slower than the planner's, half of the sparse figures in NVIDIA's data
+# sheets (H100 PCIe and NVL, H200 NVL).
+_OTHER_FORMS = {"H100 PCIe": 756.0, "H100 NVL": 835.5, "H200 NVL": 835.5}
 
 
 def peak_tflops(name: str) -> float | None:
@@ -33,7 +25,9 @@ def peak_tflops(name: str) -> float | None:
     if chip is None or "MIG" in name:
         return None
     form = next((form for form in ("NVL", "PCIe") if form in name), "")
-    return _PEAKS.get(f"{chip[1]} {form}", _PEAKS[chip[1]])
+    if peak := _OTHER_FORMS.get(f"{chip[1]} {form}"):
+        return peak
+    return GPUS[chip[1].removeprefix("G").lower()].peak / 1e12
 
 
 def log_mfu() -> None:

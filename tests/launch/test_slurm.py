@@ -74,7 +74,7 @@ def test_a_killed_worker_costs_the_steps_since_the_checkpoint(cluster, curve, ru
 
 @pytest.mark.long
 def test_a_worker_that_hangs_is_found(cluster, curve, run):
-    job = cluster.submit(run, "launch.hang_minutes=0.15")
+    job = cluster.submit(run, "launch.hang_minutes=0.5")
     cluster.wait("it trains", lambda: run.reached(25))
     (worker,) = cluster.workers("node1")
     cluster.control("on-node", "node1", "kill", "-STOP", worker)
@@ -144,6 +144,17 @@ def test_settings_that_cannot_work_stop_the_job_at_once(cluster, tmp_path):
     record = cluster.finish(run, job)
     assert record["state"] == "stopped"
     assert "unknown Megatron argument 'lrr'" in record["reason"]
+
+
+@pytest.mark.long
+def test_a_result_that_fails_validation_stops_the_job(cluster, tmp_path):
+    """Megatron's exit code 17, which torchrun hides. The error is Megatron's own injection."""
+    run = Run(tmp_path, **{"error-injection-rate": 60, "error-injection-type": "transient_error"})
+    job = cluster.submit(run)
+    record = cluster.finish(run, job)
+    assert (record["state"], record["reason"]) == ("stopped", "result validation")
+    assert len(run.attempts()) == 1
+    assert "Possible transient error" in cluster.run(str(PROGRAM), "diagnose", str(run.root)).stdout
 
 
 def test_a_dry_run_writes_nothing(tmp_path):

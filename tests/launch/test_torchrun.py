@@ -1,10 +1,10 @@
 """Machines without a scheduler meet and train together, and stop together."""
 
-import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,17 +17,17 @@ from cca_megatron.cluster.ports import held_port
 ROOT = Path(__file__).parents[2]
 
 
-def start(port: int, node_rank: int, *arguments: object) -> subprocess.Popen[str]:
+def start(port: int, node_rank: int, log: Path, *arguments: object) -> subprocess.Popen[bytes]:
     """Start ``launch/torchrun.sh`` as one of two nodes."""
     variables = {"PYTHON": sys.executable, "MASTER": f"127.0.0.1:{port}"}
     variables |= {"NNODES": "2", "NODE_RANK": str(node_rank)}
-    return subprocess.Popen(
-        [str(ROOT / "launch/torchrun.sh"), *map(str, arguments)],
-        env=environment() | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [str(ROOT / "launch/torchrun.sh"), *map(str, arguments)],
+            env=environment() | variables,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def test_hosts_by_name_and_by_number_say_the_same():
@@ -68,21 +68,22 @@ def test_a_held_port_is_free_for_a_server_and_for_nobody_else():
 @pytest.mark.long
 def test_two_nodes_train_and_a_signal_to_either_saves_for_both(tmp_path):
     path = small_recipe(tmp_path, iterations=100_000)
+    logs = [tmp_path / "first.log", tmp_path / "last.log"]
     with held_port() as port:
-        nodes = [start(port, rank, path, "launch.gpus_per_node=1") for rank in (0, 1)]
-        first, last = nodes
-        assert last.stdout is not None
-        lines = []
-        for line in last.stdout:  # Megatron's last rank prints the losses
-            lines.append(line)
-            if "iteration        3/" in line:
-                last.send_signal(signal.SIGTERM)
-        output, _ = first.communicate(timeout=60)
-    assert first.returncode == last.wait(timeout=60) == 0, output[-3000:] + "".join(lines)[-3000:]
+        first, last = (
+            start(port, rank, log, path, "launch.gpus_per_node=1") for rank, log in enumerate(logs)
+        )
+        # Megatron's last rank prints the losses.
+        while "iteration        3/" not in logs[1].read_text() and last.poll() is None:
+            time.sleep(0.1)
+        last.send_signal(signal.SIGTERM)
+        statuses = first.wait(timeout=120), last.wait(timeout=120)
+    texts = [log.read_text() for log in logs]
+    assert statuses == (0, 0), texts[0][-3000:] + texts[1][-3000:]
     saved = int((tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").read_text())
     assert saved >= 3
-    assert "dataset: 20 documents" in output
-    assert "dataset: 20 documents" not in "".join(lines)
+    assert "dataset: 20 documents" in texts[0]
+    assert "dataset: 20 documents" not in texts[1]
     assert sorted(losses(tmp_path / "run/tensorboard")) == list(range(1, saved + 1))
     assert len(list((tmp_path / "run/logs").iterdir())) == 2
-    assert os.path.exists(tmp_path / "run/loss.png")
+    assert (tmp_path / "run/loss.png").exists()

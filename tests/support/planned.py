@@ -94,11 +94,13 @@ def built(args: Namespace) -> GPTModel:
     config.transformer.params_dtype = torch.bfloat16 if args.bf16 else torch.float32
     builder = config.get_builder_cls()(config)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return builder.build_model(groups, pre_process=True, post_process=True).to(config.transformer.params_dtype)
+    return builder.build_model(groups, pre_process=True, post_process=True).to(
+        config.transformer.params_dtype
+    )
 
 
 class _NormOfAGpu(torch.autograd.Function):
-    """What the norms of a GPU keep: input, weight, and one number per row (PyTorch on a CPU keeps two fp32 copies)."""
+    """What norms keep on a GPU: input, weight, one number per row. PyTorch on a CPU keeps two fp32 copies."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

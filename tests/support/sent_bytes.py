@@ -32,8 +32,12 @@ def _sent(name: str, args: Any) -> float:
     if name in ("recv_", "barrier"):
         return 0
     size = next(dist.ProcessGroup.unbox(arg).size() for arg in args if isinstance(arg, torch.ScriptObject))
-    if name == "allreduce_":
-        return 2 * (size - 1) / size * args[0][0].nbytes
+    if name in ("allreduce_", "allreduce_coalesced_"):
+        return 2 * (size - 1) / size * _nbytes(args[0])
+    if name == "allgather_into_tensor_coalesced_":
+        return (size - 1) * _nbytes(args[1])
+    if name == "reduce_scatter_tensor_coalesced_":
+        return (size - 1) / size * _nbytes(args[1])
     if name == "_allgather_base_":
         return (size - 1) * args[1].nbytes
     if name == "_reduce_scatter_base_":
@@ -45,3 +49,7 @@ def _sent(name: str, args: Any) -> float:
         own = splits[rank] if splits else tensor.shape[0] / size
         return (tensor.shape[0] - own) * row
     raise NotImplementedError(name)
+
+
+def _nbytes(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from cca_megatron.plan.hardware import GPUS
 from cca_megatron.plan.memory import memory_per_gpu
-from cca_megatron.plan.shapes import model_from_args
+from cca_megatron.plan.recipes import table
+from cca_megatron.plan.shapes import model_from_args, parallel_from_args, run_from_args
+from cca_megatron.plan.step import step_time
 from cca_megatron.training.command import build_command
 from cca_megatron.training.recipe import load_recipe
 
@@ -19,10 +22,8 @@ TOKENS_PER_STEP = {8: 2**20, 16: 2**20, 64: 2**22, 512: 2**23}
 # One node has no room for it (docs/recipes.md); two have.
 NAMES = {f"{model}_{length}_{gpus}gpu" for model, length, gpus in product(MODELS, LENGTHS, (8, 64, 512))}
 NAMES = sorted(NAMES - {"ccgqa_7b_1m_8gpu"} | {"ccgqa_7b_1m_16gpu"})
-H100_BYTES = 80e9
-H100_FLOPS = 989e12  # dense bf16, NVIDIA's H100 SXM data sheet
-RECOMPUTED = {None: 0, "selective": 0.5, "full": 1}
-"""At most, of a forward pass."""
+DOCUMENT = (CONFIGS.parent / "docs" / "recipes.md").read_text()
+TABLE = r"<!-- python -m cca_megatron.plan.recipes configs/recipes/(\S+)_\*gpu.yaml -->\n((?:\|.*\n)+)"
 
 
 @functools.cache
@@ -60,17 +61,15 @@ def test_each_is_what_its_name_says(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_fits_into_the_memory_of_an_h100(name):
-    assert memory_per_gpu(arguments(name)).total < H100_BYTES
+    assert memory_per_gpu(arguments(name)).total < GPUS["h100"].memory
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_saves_every_half_an_hour(name):
-    """At 40% of the peak; a slower run loses as much more."""
+    """At the speed that the planner gives it; a slower run loses as much more."""
     args = arguments(name)
-    forward = sum(model_from_args(args).flops(args.seq_length).values())
-    flops = forward * (3 + RECOMPUTED[args.recompute_granularity]) * args.global_batch_size * args.seq_length
-    seconds = flops / (args.world_size * H100_FLOPS * 0.4)
-    assert args.save_interval * seconds < 30 * 60
+    step = step_time(model_from_args(args), parallel_from_args(args), run_from_args(args), GPUS["h100"])
+    assert args.save_interval * step.seconds < 30 * 60
     assert args.save_interval <= args.train_iters
 
 
@@ -107,4 +106,12 @@ def test_the_largest_model_has_no_room_on_one_node_for_1m_tokens():
     layout = ["megatron.tensor-model-parallel-size=4", "megatron.context-parallel-size=2"]
     path = CONFIGS / "recipes" / "ccgqa_7b_1m_16gpu.yaml"
     args = build_command(load_recipe(path, ["launch.nodes=1", *layout]), "cpu").args
-    assert memory_per_gpu(args).total > H100_BYTES
+    assert memory_per_gpu(args).total > GPUS["h100"].memory
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_document_shows_what_the_planner_says(model):
+    shown = dict(re.findall(TABLE, DOCUMENT))
+    assert set(shown) == set(MODELS)
+    names = [name for name in NAMES if name.rsplit("_", 2)[0] == model]
+    assert shown[model].strip() == table({name: arguments(name) for name in names})

@@ -131,6 +131,14 @@ def test_a_run_on_this_machine_has_one_log_of_all_ranks(tmp_path, log, exit_code
     assert ("rank 1" if kind != "settings" else "rank") in text
 
 
+def test_torchruns_first_failure_may_be_a_consequence(tmp_path):
+    """It takes the time at which processes end, not that of their exceptions."""
+    log = tmp_path / "train.log"
+    log.write_text(prefixed(1, logs.GLOO_CLOSED) + prefixed(0, logs.NAN) + logs.TORCHRUN.format(1))
+    failure = failure_in_log(log)
+    assert (failure.kind, failure.rank) == ("NaN", 0)
+
+
 def test_lines_of_two_ranks_may_be_mixed(tmp_path):
     mine, other = (prefixed(*pair).splitlines() for pair in ((1, logs.SHORT_DATA), (0, logs.GLOO_CLOSED)))
     mixed = [line for pair in zip(mine, other + [""] * len(mine), strict=False) for line in pair]
@@ -221,7 +229,6 @@ def test_settings_that_are_advised_exist():
     megatron = {setting for section, setting in named if section == "megatron"}
     parser = add_arguments("cpu")(add_megatron_arguments(ArgumentParser()))
     known = {option.lstrip("-") for option in parser._option_string_actions}
-    known |= {"loss-chunk-size"}  # comes with the chunked loss
     assert megatron <= known, megatron - known
     assert {setting for section, setting in named if section == "cca"} <= set(CCAConfig.__dataclass_fields__)
     launch = {setting for section, setting in named if section == "launch"}

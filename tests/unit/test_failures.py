@@ -107,6 +107,8 @@ def test_a_failure_that_no_agent_recorded_is_found_in_its_log(tmp_path):
     failure = first_failure(attempt.write(), lambda done, total: read.append((done, total)))
     assert (failure.kind, failure.rank, failure.time) == ("data", 3, 1000)
     assert read
+    attempt.log(3, err=logs.SHORT_DATA)  # it was caught: PyTorch says of none that it ended rank 3
+    assert first_failure(attempt.path).kind == "hang"
 
 
 @pytest.mark.parametrize(
@@ -177,6 +179,8 @@ def test_what_python_ignores_is_no_reason(tmp_path):
     log = attempt.raised(1, logs.NO_DATA, 1500)
     log.write_text(log.read_text() + logs.EXCEPTION_IGNORED)
     assert first_failure(attempt.write()).message.startswith("AssertionError: One or both")
+    log.write_text(logs.NO_DATA + logs.EXCEPTION_IGNORED)  # before the ranks know their numbers
+    assert first_failure(attempt.path).message.startswith("AssertionError: One or both")
 
 
 def test_an_exception_that_was_caught_is_no_reason(tmp_path):
@@ -208,6 +212,15 @@ def test_a_chain_of_exceptions_is_told_by_its_last_and_judged_by_its_first(tmp_p
     )
     real.raised(2, waited, 1300)
     assert first_failure(real.write()).rank == 0
+
+
+def test_a_checkpoint_that_failed_by_a_lost_connection_is_a_consequence(tmp_path):
+    attempt = AttemptFolder(tmp_path)
+    attempt.raised(
+        0, logs.BAD_CHECKPOINT.replace("EOFError: Ran out of input", "RuntimeError: Broken pipe"), 1400
+    )
+    attempt.failed(2, -9, 1500)
+    assert first_failure(attempt.write()).rank == 2
 
 
 def test_an_exception_group_shows_its_members(tmp_path):

@@ -84,7 +84,9 @@ def test_a_killed_worker_leads_to_another_attempt(run):
     assert "rank 1 of node2" in said
 
 
-@pytest.mark.parametrize("how", [(16, ""), (1, "torch.AcceleratorError: CUDA error: uncorrectable ECC error")])
+@pytest.mark.parametrize(
+    "how", [(16, ""), (1, "torch.AcceleratorError: CUDA error: uncorrectable ECC error")]
+)
 def test_a_fault_of_a_gpu_leads_to_another_node(run, how):
     folder = attempt(run)
     (folder / "node2" / "rank-00001.err").write_text(f"Traceback (most recent call last):\n{how[1]}\n")

@@ -8,9 +8,13 @@ SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setup
 
 
 def test_every_package_is_installed():
-    found = {".".join(init.parent.relative_to(ROOT).parts) for init in ROOT.glob("cca_megatron/**/__init__.py")}
+    found = {
+        ".".join(init.parent.relative_to(ROOT).parts) for init in ROOT.glob("cca_megatron/**/__init__.py")
+    }
     kernels = ROOT / "kernels"
-    found |= {".".join(init.parent.relative_to(kernels).parts) for init in kernels.glob("cca_*/**/__init__.py")}
+    found |= {
+        ".".join(init.parent.relative_to(kernels).parts) for init in kernels.glob("cca_*/**/__init__.py")
+    }
     assert found == set(SETUPTOOLS["packages"])
 
 

@@ -60,7 +60,9 @@ def counted_flops(model, tokens) -> float:
     with FlopCounterMode(display=False, custom_mapping={flash: core}) as counter:
         model(tokens, torch.arange(tokens.shape[1])[None].expand_as(tokens), None, labels=tokens)
     by_operation = counter.get_flop_counts()["Global"]
-    of_core = sum(flops for operation, flops in by_operation.items() if "scaled_dot_product" in str(operation))
+    of_core = sum(
+        flops for operation, flops in by_operation.items() if "scaled_dot_product" in str(operation)
+    )
     return counter.get_total_flops() - of_core, of_core
 
 
@@ -107,10 +109,8 @@ def kept_bytes(args, monkeypatch) -> float:
     rotary = model.rotary_pos_emb(SEQUENCE)
     dtype = torch.float32 if args.fp32_residual_connection else torch.bfloat16
     hidden = torch.randn(SEQUENCE, args.micro_batch_size, args.hidden_size, dtype=dtype).requires_grad_()
-    with norms_of_a_gpu(monkeypatch):
-        model.decoder(hidden, None, rotary_pos_emb=rotary)  # makes the tables that all layers share
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = model.decoder(hidden, None, rotary_pos_emb=rotary)
+    with norms_of_a_gpu(monkeypatch), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model.decoder(hidden, None, rotary_pos_emb=rotary)
     alive = [tensor for tensor in (reference() for reference in packed) if tensor is not None]
     alive.append(out)  # the output layer's input
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in alive}
@@ -136,7 +136,10 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("name", KEPT)
+QUICK = ("dense", "shared experts", "zaya", "experts recomputed", "all recomputed")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in KEPT])
 def test_kept_activations_are_what_autograd_saves(name, tmp_path, monkeypatch):
     monkeypatch.setenv("CCA_KERNELS", "triton")
     model, sections, settings = KEPT[name]
@@ -148,7 +151,7 @@ def test_kept_activations_are_what_autograd_saves(name, tmp_path, monkeypatch):
 
 def test_logits_are_held_as_often_as_reckoned(tmp_path):
     """A vocabulary so large that nothing else matters."""
-    model = DENSE | {"padded-vocab-size": 32768, "num-layers": 1, "hidden-size": 256}
+    model = DENSE | {"padded-vocab-size": 131072, "num-layers": 1}
     args = arguments(tmp_path, model, {}, micro_batch_size=1)
     tokens = torch.randint(0, 300, (1, SEQUENCE))
     with parallel(Layout()):
@@ -156,7 +159,16 @@ def test_logits_are_held_as_often_as_reckoned(tmp_path):
         with LiveBytes() as live:
             built_model(tokens, torch.arange(SEQUENCE)[None], None, labels=tokens)
     table = built_model.shared_embedding_or_output_weight().nbytes  # a view of it is counted too
-    assert memory_per_gpu(args).logits == pytest.approx(live.peak - table, rel=0.05)
+    memory = memory_per_gpu(args)
+    assert memory.logits + memory.activations == pytest.approx(live.peak - table, rel=0.05)
+
+
+def test_a_loss_in_chunks_holds_the_logits_of_one(tmp_path):
+    args = arguments(tmp_path, DENSE, {})
+    args.loss_chunk_size = None
+    whole = memory_per_gpu(args).logits
+    args.loss_chunk_size = 16
+    assert memory_per_gpu(args).logits == whole * 16 / (2 * SEQUENCE)
 
 
 def test_weights_gradients_and_optimizer_are_shared_as_megatron_says(tmp_path):
@@ -210,7 +222,9 @@ def test_compared_attention_has_the_parameters_of_megatrons(kind, tmp_path):
         attention = build_module(spec, config=config, layer_number=1)
     # Megatron's local MLA spec leaves the latents' norm out.
     norm = 64 if kind == "mla" else 0
-    assert sum(part.count for part in planned.parts()) == norm + sum(p.numel() for p in attention.parameters())
+    assert sum(part.count for part in planned.parts()) == norm + sum(
+        p.numel() for p in attention.parameters()
+    )
 
 
 @pytest.mark.parametrize(

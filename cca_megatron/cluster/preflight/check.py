@@ -4,7 +4,8 @@ Nodes talk through files in a shared folder alone, so one that is lost or hangs 
 than agreed. The first node decides who is there and what comes next.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -84,16 +85,17 @@ def _direct(allocation: Allocation, limits: Limits, seconds: float, say: Say) ->
     reports = {node: NodeReport.from_json(contents[node]) for node in allocation.nodes if node in contents}
     stage = 0
     pairs: list[ExchangeReport] = []
+    together: list[ExchangeReport] = []
     try:
-        for stage, groups in enumerate(rounds(list(reports))):
+        for groups in rounds(list(reports)):
             pairs += _exchange(allocation, stage, groups, reports, seconds, say)
-        stage += 1
-        working = [n for n in reports if any(pair.node == n and pair.rates for pair in pairs)]
-        together = []
+            stage += 1
+        working = [node for node in reports if any(pair.node == node and pair.rates for pair in pairs)]
         if len(working) > 1:
             together = _exchange(allocation, stage, [working], reports, seconds, say)
+            stage += 1
     finally:
-        write_json(_plan_file(folder, stage + 1), {"groups": []})
+        write_json(_plan_file(folder, stage), {"groups": []})
     verdict = judge(list(allocation.nodes), reports, pairs, together, limits)
     write_json(folder / "report.json", asdict(verdict))
     return verdict
@@ -111,7 +113,7 @@ def _exchange(
     exchanges = [asdict(Exchange.among([reports[node] for node in group])) for group in groups]
     write_json(_plan_file(allocation.folder, stage), {"groups": exchanges})
     members = [node for group in groups for node in group]
-    text = "all nodes together" if len(groups) == 1 and len(members) > 2 else "pairs of nodes"
+    text = "exchanges between nodes"
     say(text, 0, len(members))
     _play(allocation, stage, {"groups": exchanges}, seconds)
     files = {node: _exchange_file(allocation.folder, stage, node) for node in members}
@@ -126,20 +128,13 @@ def _exchange(
 
 def _follow(allocation: Allocation, seconds: float) -> None:
     """What the first node plans, until its plan is empty or does not come."""
-    for stage in _stages():
+    for stage in itertools.count():
         file = _plan_file(allocation.folder, stage)
         # The first node may wait as long for reports, and once more for its own part.
         plan = wait_for({"": file}, 3 * seconds, lambda done, of: None).get("")
         if plan is None or not plan["groups"]:
             return
         _play(allocation, stage, plan, seconds)
-
-
-def _stages() -> Iterator[int]:
-    stage = 0
-    while True:
-        yield stage
-        stage += 1
 
 
 def _play(allocation: Allocation, stage: int, plan: dict[str, Any], seconds: float) -> None:

@@ -36,8 +36,8 @@ def preflight(
     """Check the nodes of an allocation before a job runs on them.
 
     GPU count, ECC errors, clocks under load and processes of others; equal versions; matrix products and
-    copies on each GPU; all-reduce, all-to-all and point-to-point inside each node, between neighbours and over
-    all nodes; the shared disk, free space, clocks. Without GPUs the same on the CPU over gloo.
+    copies on each GPU; all-reduce, all-to-all and point-to-point inside each node, between neighbours and
+    over all nodes; the shared disk, free space, clocks. Without GPUs the same on the CPU over gloo.
 
     On this machine: `cca-megatron preflight`
 

@@ -64,7 +64,9 @@ def judge(
         for place, free in report.free_gib.items():
             if free < limits.free_gib[place]:
                 findings.append(
-                    Finding(node, f"free space for {place}: {free:.2g} GiB, at least {limits.free_gib[place]:g}")
+                    Finding(
+                        node, f"free space for {place}: {free:.2g} GiB, at least {limits.free_gib[place]:g}"
+                    )
                 )
     findings += _pairs(reports, pairs)
     findings += _counts(reports, limits)

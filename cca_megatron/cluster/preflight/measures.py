@@ -33,6 +33,7 @@ FREE_GIB = {"output": 20.0, "temporary files": 2.0, "/dev/shm": 1.0}
 """Least free space: for checkpoints (one of an 8B model with optimizer takes over 100 GB: ``--free-gib``),
 for caches of compiled kernels, and for NCCL and data loaders (a container's default is 64 MB)."""
 
+
 @dataclass(frozen=True)
 class Limits:
     """What the user asks for."""
@@ -50,7 +51,7 @@ SKEW_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class GpuKind:
-    """Peak rates of a data sheet: dense bf16 TFLOP/s; GB/s of memory, and NVLink and PCIe in one direction."""
+    """Peak rates of a data sheet: dense bf16 TFLOP/s, and GB/s; of links in one direction."""
 
     name: re.Pattern[str]
     """As nvidia-smi prints it."""

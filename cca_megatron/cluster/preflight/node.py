@@ -153,7 +153,11 @@ def _driver(found: list[Gpu]) -> dict[str, str]:
 
 
 def _free(folder: Path) -> dict[str, float]:
-    places: dict[str, str | Path] = {"output": folder, "temporary files": tempfile.gettempdir(), "/dev/shm": "/dev/shm"}
+    places: dict[str, str | Path] = {
+        "output": folder,
+        "temporary files": tempfile.gettempdir(),
+        "/dev/shm": "/dev/shm",
+    }
     return {name: shutil.disk_usage(place).free / 2**30 for name, place in places.items()}
 
 
