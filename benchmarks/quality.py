@@ -5,7 +5,7 @@
 trains every variant with every seed by the entry that ``cca-megatron train`` uses, each with the same number
 of parameters, the same data and schedule, and reports the validation loss. Another RECIPE, and settings after
 it, choose another model, dataset or length. Finished runs are not repeated: the same command goes on where it
-was stopped, and reports again if nothing is left to train.
+was stopped. The report has the runs that are finished.
 """
 
 import argparse
@@ -34,6 +34,7 @@ def main() -> None:
     from cca_megatron.training.launch import TrainingError
     from cca_megatron.training.recipe import RecipeError
 
+    stopped = False
     try:
         runs, device = quality_runs.plan_runs(
             args.recipe, args.settings, args.variants, args.seeds, args.output
@@ -49,13 +50,16 @@ def main() -> None:
     except (RecipeError, DataError, TrainingError, ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on") from None
+        stopped = True
     result = quality_runs.collect(runs)
-    print(tables(result["runs"]))
-    if args.json:
-        write(args.json, result)
-    if args.plot:
-        plot(result, args.plot)
+    if result["runs"]:
+        print(tables(result["runs"]))
+        if args.json:
+            write(args.json, result)
+        if args.plot:
+            plot(result, args.plot)
+    if stopped:
+        raise SystemExit(f"stopped after {len(result['runs'])} of {len(runs)} runs; the same command goes on")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -173,7 +173,7 @@ def _owned(folder: Path) -> Iterator[int]:
 
 
 def collect(runs: list[Run]) -> dict[str, Any]:
-    """The result file: settings of the model and the training, losses by run, machine and versions."""
+    """The result file: settings of the model and the training, losses of finished runs, machine and versions."""
     args = runs[0].command.args
     names = (
         "num_layers",
@@ -187,7 +187,7 @@ def collect(runs: list[Run]) -> dict[str, Any]:
     return {
         **{name: getattr(args, name) for name in names},
         "data": runs[0].command.recipe.data.prefix,
-        "runs": [run.result() for run in runs],
+        "runs": [result for run in runs if (result := run.result()) is not None],
         "machine": facts(),
     }
 

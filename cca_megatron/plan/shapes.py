@@ -159,8 +159,8 @@ def refuse(args: Namespace) -> None:
         raise RecipeError("add_qkv_bias=True: the planner does not reckon it alone; add_qkv_bias=false works")
     if args.multi_latent_attention and not (args.qk_layernorm and args.v_head_dim == args.qk_head_dim):
         raise RecipeError(
-            f"qk_layernorm={args.qk_layernorm}, v_head_dim={args.v_head_dim} with multi_latent_attention: the planner "
-            f"reckons latents with norms and values as wide as keys; qk_layernorm=true and "
+            f"qk_layernorm={args.qk_layernorm}, v_head_dim={args.v_head_dim} with multi_latent_attention: "
+            "the planner reckons latents with norms, and values as wide as keys; qk_layernorm=true and "
             f"v_head_dim={args.qk_head_dim} work"
         )
 

@@ -150,7 +150,7 @@ def test_a_stopped_sweep_goes_on_from_its_checkpoint(sweep, tmp_path):
         time.sleep(0.1)
     first.send_signal(signal.SIGTERM)
     output, _ = first.communicate(timeout=300)
-    assert "stopped; the same command goes on" in output
+    assert "stopped after 0 of 1 runs; the same command goes on" in output
     assert not (folder / "result.json").exists()
     saved = int((folder / "checkpoints/latest_checkpointed_iteration.txt").read_text())
     second = sweep(*words)
