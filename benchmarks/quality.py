@@ -12,11 +12,17 @@ import argparse
 import logging
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quality_variants import VARIANTS
 from rich.progress import MofNCompleteColumn
 
 from cca_megatron.terminal import console, counted_bar
+
+if TYPE_CHECKING:
+    from quality_runs import Run
+
+    from cca_megatron.training.device import Device
 
 
 def main() -> None:
@@ -30,27 +36,16 @@ def main() -> None:
     from quality_report import plot, tables
 
     from cca_megatron.data.sources import DataError
-    from cca_megatron.training import session
     from cca_megatron.training.launch import TrainingError
     from cca_megatron.training.recipe import RecipeError
 
-    stopped = False
     try:
         runs, device = quality_runs.plan_runs(
             args.recipe, args.settings, args.variants, args.seeds, args.output
         )
-        missing = [run for run in runs if run.result() is None]
-        for run in missing:
-            session.prepare_start(run.command, console)
-        with counted_bar(console, "training", MofNCompleteColumn()) as progress:
-            progress(len(runs) - len(missing), len(runs))
-            quality_runs.train_all(
-                missing, args.jobs, device, lambda left: progress(len(runs) - left, len(runs))
-            )
+        ended = _train(runs, args.jobs, device)
     except (RecipeError, DataError, TrainingError, ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        stopped = True
     result = quality_runs.collect(runs)
     if result["runs"]:
         print(tables(result["runs"]))
@@ -58,8 +53,31 @@ def main() -> None:
             write(args.json, result)
         if args.plot:
             plot(result, args.plot)
-    if stopped:
+    if not ended:
         raise SystemExit(f"stopped after {len(result['runs'])} of {len(runs)} runs; the same command goes on")
+
+
+def _train(runs: list["Run"], jobs: int, device: "Device") -> bool:
+    """Train what is missing, with a bar over all runs; whether it went to the end."""
+    from quality_runs import train_all
+
+    from cca_megatron.training import session
+
+    missing = [run for run in runs if run.result() is None]
+    for run in missing:
+        session.prepare_start(run.command, console)
+    with counted_bar(console, "training", MofNCompleteColumn()) as progress:
+
+        def show(run: "Run", loss: float, left: int) -> None:
+            progress(len(runs) - left, len(runs))
+            console.print(f"{run.variant}, seed {run.seed}: {loss:.4f} nats per token ({left} runs left)")
+
+        progress(len(runs) - len(missing), len(runs))
+        try:
+            train_all(missing, jobs, device, show)
+        except KeyboardInterrupt:
+            return False
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:

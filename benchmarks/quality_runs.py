@@ -48,8 +48,8 @@ class Run:
         """What came of it; None if it is not finished."""
         return json.loads(self._file.read_text()) if self._file.exists() else None
 
-    def finish(self) -> None:
-        """Read the losses of a run whose training has ended.
+    def finish(self) -> float:
+        """Store the losses of a run whose training has ended, and return the last one.
 
         Raises:
             TrainingError: the model is not the planned one, or there is no loss of the last iteration.
@@ -72,6 +72,7 @@ class Run:
         partial = self._file.with_suffix(".part")
         write(partial, result)
         partial.replace(self._file)  # a result that exists is whole
+        return curve[-1][1]
 
 
 def plan_runs(
@@ -103,14 +104,14 @@ def plan_runs(
     return runs, device
 
 
-def train_all(runs: list[Run], jobs: int, device: Device, on_end: Callable[[int], None]) -> None:
+def train_all(runs: list[Run], jobs: int, device: Device, on_end: Callable[[Run, float, int], None]) -> None:
     """Train runs, a number of them at a time; stopping ends them with a checkpoint, from which they go on.
 
     Args:
         runs: what to train.
         jobs: how many at a time.
         device: where.
-        on_end: called with the number of runs that are left when one has ended.
+        on_end: called when a run has ended, with its loss and the number of runs that are left.
 
     Raises:
         TrainingError: one failed; the others are stopped.
@@ -127,8 +128,7 @@ def train_all(runs: list[Run], jobs: int, device: Device, on_end: Callable[[int]
                 if process.returncode:
                     lines = _log(run).read_text(errors="replace").splitlines()
                     raise TrainingError(f"{run.folder}: {explain(lines, process.returncode)}")
-                run.finish()
-                on_end(len(waiting) + len(active))
+                on_end(run, run.finish(), len(waiting) + len(active))
             time.sleep(_POLL_SECONDS)
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -173,7 +173,7 @@ def _owned(folder: Path) -> Iterator[int]:
 
 
 def collect(runs: list[Run]) -> dict[str, Any]:
-    """The result file: settings of the model and the training, losses of finished runs, machine and versions."""
+    """The result file: model and training, losses of the runs that are finished, machine and versions."""
     args = runs[0].command.args
     names = (
         "num_layers",

@@ -48,7 +48,7 @@ def stub_run(tmp_path, monkeypatch):
     """Runs that are small programs instead of trainings; what they print is in ``events``, in order."""
     events = tmp_path / "events"
     finished = []
-    monkeypatch.setattr(Run, "finish", lambda run: finished.append(run.variant))
+    monkeypatch.setattr(Run, "finish", lambda run: finished.append(run.variant) or 2.5)
 
     def make(name, program):
         folder = tmp_path / name
@@ -66,7 +66,8 @@ def stub_run(tmp_path, monkeypatch):
 def test_no_more_runs_at_a_time_than_asked_for(stub_run):
     program = "import time; print('+', file=log); time.sleep(0.7); print('-', file=log)"
     left = []
-    train_all([stub_run(name, program) for name in "abcde"], 2, "cpu", left.append)
+    runs = [stub_run(name, program) for name in "abcde"]
+    train_all(runs, 2, "cpu", lambda run, loss, count: left.append(count))
     depth, depths = 0, []
     for event in stub_run.events.read_text().split():
         depth += 1 if event == "+" else -1
@@ -81,7 +82,7 @@ def test_a_failed_run_is_named_and_ends_the_others(stub_run):
     waits = stub_run("waits", "import time; time.sleep(60)")
     started = time.monotonic()
     with pytest.raises(TrainingError, match="fails: ValueError: too large"):
-        train_all([fails, waits], 2, "cpu", lambda left: None)
+        train_all([fails, waits], 2, "cpu", lambda *ended: None)
     assert time.monotonic() - started < 30
     assert stub_run.finished == []
 
@@ -92,7 +93,7 @@ def test_a_run_that_another_sweep_still_trains_is_left_alone(stub_run):
         quality_runs._owned(run.folder),
         pytest.raises(TrainingError, match="another process still trains it"),
     ):
-        train_all([run], 1, "cpu", lambda left: None)
+        train_all([run], 1, "cpu", lambda *ended: None)
 
 
 @pytest.fixture
