@@ -13,6 +13,7 @@ from support.planned import DENSE, built
 
 from cca_megatron import CCASelfAttention
 from cca_megatron.inference.load import load_model
+from cca_megatron.parallel.core_attention import LocalCoreAttention
 from cca_megatron.plan.shapes import model_from_args
 from cca_megatron.training.command import Command, build_command
 from cca_megatron.training.recipe import RecipeError, load_recipe
@@ -80,6 +81,7 @@ def test_variants_have_the_parts_that_their_names_say(tmp_path):
         for attention in attentions(name):
             assert isinstance(attention, MLASelfAttention) == (name == "mla")
             assert not isinstance(attention, CCASelfAttention)
+            assert isinstance(attention.core_attention, LocalCoreAttention)
 
 
 def test_all_but_mha_keep_a_quarter_of_its_cache(tmp_path):
