@@ -36,7 +36,6 @@ def load_model(directory: Path, args: Namespace, tensor_parallel: int, dtype: to
     Raises:
         ValueError: the model is a hybrid one or has no CCA, or cannot be cut into so many parts.
     """
-    args.attention = getattr(args, "attention", "cca")  # checkpoints of before there was a choice
     if args.attention != "cca":
         raise ValueError(
             f"attention={args.attention!r}: models with CCA are generated with here; Megatron's own tools "
