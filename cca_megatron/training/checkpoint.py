@@ -133,7 +133,7 @@ def checkpoint_problems(args: Namespace) -> list[str]:
 
 
 def _setting(args: Namespace, name: str) -> Any:
-    """As it counts: Megatron ignores groups without grouped queries, and fills in the number of heads later."""
+    """As it counts: without grouped queries Megatron ignores the groups, and fills in the heads later."""
     if name == "num_query_groups" and not args.group_query_attention:
         return None
     value = getattr(args, name, None)
