@@ -51,6 +51,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
@@ -109,6 +110,7 @@ __all__ = [
     "IdentityOp",
     "InferenceMode",
     "LocalSpecProvider",
+    "MLASelfAttention",
     "MLPLayer",
     "MegatronModule",
     "MoELayer",

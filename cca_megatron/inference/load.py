@@ -34,8 +34,13 @@ def load_model(directory: Path, args: Namespace, tensor_parallel: int, dtype: to
         dtype: of the weights.
 
     Raises:
-        ValueError: the model is a hybrid one, or cannot be cut into so many parts.
+        ValueError: the model is a hybrid one or has no CCA, or cannot be cut into so many parts.
     """
+    if args.attention != "cca":
+        raise ValueError(
+            f"attention={args.attention!r}: models with CCA are generated with here; Megatron's own tools "
+            "generate with the others"
+        )
     if args.hybrid_layer_pattern is not None:
         raise ValueError("hybrid models are not generated with here; GPT models are")
     vocab = args.padded_vocab_size or args.vocab_size

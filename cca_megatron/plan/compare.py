@@ -26,7 +26,8 @@ def with_attention(model: Model, kind: Kind) -> Model:
     if kind not in get_args(Kind):
         raise RecipeError(f"compare={kind}: unknown; {', '.join(get_args(Kind))} are known")
     ours = model.layers[0].attention
-    assert isinstance(ours, HeadAttention)
+    if not isinstance(ours, HeadAttention):
+        raise RecipeError(f"compare={kind} with multi_latent_attention=true: compare from CCA, MHA or GQA")
     hidden, dim = ours.hidden_size, ours.head_dim
     heads = hidden // dim
     if heads * dim != hidden:

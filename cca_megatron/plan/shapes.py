@@ -4,7 +4,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cca_megatron.plan.attention import CompressedAttention
+from cca_megatron.plan.attention import Attention, CompressedAttention, HeadAttention, LatentAttention
 from cca_megatron.plan.layers import Experts, Layer, Mlp, Model, Router
 from cca_megatron.plan.parts import Parallel
 from cca_megatron.training.arguments import cca_config_from_args, zaya_settings_from_args
@@ -157,6 +157,12 @@ def refuse(args: Namespace) -> None:
             raise RecipeError(f"{name}={value!r}: the planner does not reckon it; {name}={works} works")
     if args.add_qkv_bias and not args.add_bias_linear:  # with the latter Megatron sets the former
         raise RecipeError("add_qkv_bias=True: the planner does not reckon it alone; add_qkv_bias=false works")
+    if args.multi_latent_attention and not (args.qk_layernorm and args.v_head_dim == args.qk_head_dim):
+        raise RecipeError(
+            f"qk_layernorm={args.qk_layernorm}, v_head_dim={args.v_head_dim} with multi_latent_attention: "
+            "the planner reckons latents with norms, and values as wide as keys; qk_layernorm=true and "
+            f"v_head_dim={args.qk_head_dim} work"
+        )
 
 
 _NOT_RECKONED: dict[str, Any] = {
@@ -177,15 +183,29 @@ _NOT_RECKONED: dict[str, Any] = {
 }
 
 
-def attention_from_args(args: Namespace) -> CompressedAttention:
-    """The attention of every layer."""
-    cca = cca_config_from_args(args)
-    return CompressedAttention(
+def attention_from_args(args: Namespace) -> Attention:
+    """The attention of every layer: CCA, or Megatron's own where ``attention`` says so."""
+    if args.multi_latent_attention:
+        return LatentAttention(
+            args.hidden_size,
+            args.num_attention_heads,
+            args.kv_lora_rank,
+            args.q_lora_rank,
+            args.qk_head_dim,
+            args.qk_pos_emb_head_dim,
+        )
+    heads = HeadAttention(
         hidden_size=args.hidden_size,
         query_heads=args.num_attention_heads,
         kv_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
         head_dim=args.kv_channels,
         bias=args.add_bias_linear,
+    )
+    if args.attention == "megatron":
+        return heads
+    cca = cca_config_from_args(args)
+    return CompressedAttention(
+        **vars(heads),
         conv_kernel_sizes=cca.conv_kernel_sizes,
         conv0=cca.conv0,
         conv1=cca.conv1,

@@ -1,4 +1,4 @@
-"""What keeps arguments from training CCA, said before any process starts.
+"""What keeps arguments from training, said before any process starts.
 
 Megatron checks much of this too, but some of it only in its workers, and some without naming the setting.
 """
@@ -6,9 +6,11 @@ Megatron checks much of this too, but some of it only in its workers, and some w
 import argparse
 import re
 from argparse import Namespace
+from dataclasses import fields
 
 from cca_megatron._compat import HAVE_TE
-from cca_megatron.config import config_problems
+from cca_megatron.config import CCAConfig, config_problems
+from cca_megatron.parallel.rules import core_attention_problems
 from cca_megatron.training.arguments import cca_config_from_args, is_packed, zaya_settings_from_args
 from cca_megatron.zaya.settings import zaya_problems
 
@@ -32,7 +34,11 @@ def argument_problems(args: Namespace) -> list[str]:
     ]
     # The other rules calculate with these.
     if not problems:
-        problems = config_problems(settings, cca_config_from_args(args))
+        problems = (
+            config_problems(settings, cca_config_from_args(args))
+            if args.attention == "cca"
+            else _baseline_problems(settings)
+        )
         zaya = zaya_settings_from_args(args)
         if zaya is not None:
             problems += [f"zaya: {problem}" for problem in zaya_problems(settings, zaya)]
@@ -142,6 +148,31 @@ def _entry_rules(args: Namespace) -> _Rules:
             "split=95,5,0 works",
         ),
     ]
+
+
+def _baseline_problems(args: Namespace) -> list[str]:
+    """What keeps Megatron's own attention from standing where CCA would."""
+    cca = cca_config_from_args(args)
+    given = [f.name for f in fields(CCAConfig) if getattr(cca, f.name) != f.default]
+    rules: _Rules = [
+        (
+            given,
+            f"attention='megatron' with cca.{', cca.'.join(given)}: Megatron's attention has none; leave "
+            "them out",
+        ),
+        (
+            args.zaya or args.hybrid_layer_pattern is not None or args.mtp_num_layers,
+            "attention='megatron' with zaya, hybrid_layer_pattern or mtp_num_layers: those layers are built "
+            "with CCA; attention='cca' works",
+        ),
+        (
+            (is_packed(args) or args.multi_latent_attention) and args.context_parallel_size > 1,
+            f"attention='megatron' with context_parallel_size={args.context_parallel_size} and packed "
+            "documents or multi_latent_attention: sequences are cut for CCA; context_parallel_size=1 works",
+        ),
+    ]
+    problems = [message for is_broken, message in rules if is_broken]
+    return problems + core_attention_problems(args, cca.packed_zigzag)
 
 
 def _packing_rules(args: Namespace) -> _Rules:

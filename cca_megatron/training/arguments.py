@@ -43,7 +43,14 @@ def add_arguments(device: Device) -> Callable[[ArgumentParser], ArgumentParser]:
 
     def provider(parser: ArgumentParser) -> ArgumentParser:
         group = "compressed convolutional attention"
-        _PrefixedArguments(CCAConfig, _PREFIX, exclude=[_DERIVED]).build_group(parser, group)
+        cca = _PrefixedArguments(CCAConfig, _PREFIX, exclude=[_DERIVED]).build_group(parser, group)
+        cca.add_argument(
+            "--attention",
+            choices=["cca", "megatron"],
+            default="cca",
+            help="'megatron' trains Megatron's own attention instead, all else being equal, to compare with: "
+            "MHA, GQA with --group-query-attention, MLA with --multi-latent-attention.",
+        )
         zaya = _PrefixedArguments(ZayaSettings, _ZAYA_PREFIX).build_group(parser, "ZAYA1's parts")
         zaya.add_argument("--zaya", action="store_true", help="Build the model with ZAYA1's parts.")
         parser.add_argument_group("loss").add_argument(

@@ -22,7 +22,8 @@ _MODEL_SETTINGS = (
     "position_embedding_type", "rotary_percent", "rotary_base", "rotary_interleaved", "no_rope_freq",
     "window_size", "window_attn_skip_freq", "layernorm_zero_centered_gamma", "moe_router_pre_softmax",
     "moe_router_score_function", "moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size",
-    "vocab_size", "tokenizer_type",
+    "vocab_size", "tokenizer_type", "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim",
+    "qk_pos_emb_head_dim", "v_head_dim",
 )
 # fmt: on
 # Where nothing is set, these parts are absent; of the others None means that Megatron fills it in later.
@@ -39,7 +40,7 @@ _NOT_IN_WEIGHTS = {
     "temperature_init", "reset_at_document_start", "recompute_mix", "packed_zigzag",
     "balancing_rate", "padding_token",
 }  # fmt: skip
-_DEFAULTS: dict[str, Any] = {"zaya": False} | {
+_DEFAULTS: dict[str, Any] = {"zaya": False, "attention": "cca"} | {
     f"{prefix}_{f.name}": f.default
     for prefix, settings in (("cca", CCAConfig), ("zaya", ZayaSettings))
     for f in fields(settings)
@@ -121,7 +122,7 @@ def checkpoint_problems(args: Namespace) -> list[str]:
         return []
     problems = []
     for name in (*_MODEL_SETTINGS, *_OWN_SETTINGS):
-        ours, theirs = (_as_list(getattr(given, name, None)) for given in (args, saved))
+        ours, theirs = (_setting(given, name) for given in (args, saved))
         is_comparable = name in _OPTIONAL_PARTS or None not in (ours, theirs)
         if is_comparable and ours != theirs:
             problems.append(
@@ -131,8 +132,12 @@ def checkpoint_problems(args: Namespace) -> list[str]:
     return problems
 
 
-def _as_list(value: Any) -> Any:
-    """Arguments that hold several values are tuples by default and lists when given."""
+def _setting(args: Namespace, name: str) -> Any:
+    """As it counts: without grouped queries Megatron ignores the groups, and fills in the heads later."""
+    if name == "num_query_groups" and not args.group_query_attention:
+        return None
+    value = getattr(args, name, None)
+    # Arguments that hold several values are tuples by default and lists when given.
     return list(value) if isinstance(value, tuple) else value
 
 

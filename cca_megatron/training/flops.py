@@ -81,7 +81,7 @@ def uncounted_flops(args: Namespace, sequence: float) -> float:
     attention = attention_from_args(args)
     layers = list(_attention_layers(args))
     saved = sum(sequence / 2 - mean_keys(sequence, window_of(args, number)) for number in layers)
-    forward = len(layers) * attention.flops()[MIX] - saved * attention.pair_flops()
+    forward = len(layers) * attention.flops().get(MIX, 0) - saved * attention.pair_flops()
     if args.num_experts is not None:
         forward += _count_routers(args) * router_from_args(args).flops()
     return _BACKWARD * forward

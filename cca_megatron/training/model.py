@@ -1,4 +1,4 @@
-"""Building the model: Megatron's configuration and builder with CCA in every attention layer."""
+"""Building the model: Megatron's configuration and builder, with CCA or a baseline in every layer."""
 
 import functools
 from argparse import Namespace
@@ -18,6 +18,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from cca_megatron._compat import ProcessGroupCollection
+from cca_megatron.baseline import baseline_decoder_block_spec
 from cca_megatron.config import CCAConfig
 from cca_megatron.specs import cca_decoder_block_spec, cca_hybrid_stack_spec, cca_mtp_block_spec
 from cca_megatron.training.arguments import cca_config_from_args, zaya_settings_from_args
@@ -48,7 +49,9 @@ def _model_config(args: Namespace) -> ModelConfig:
         return config
     config = gpt_config_from_args(args, model_config_cls=CCAModelConfig)
     config.cca, config.zaya = cca, zaya_settings_from_args(args)
-    if config.zaya is None:
+    if args.attention == "megatron":
+        config.transformer_layer_spec = baseline_decoder_block_spec
+    elif config.zaya is None:
         config.transformer_layer_spec = functools.partial(cca_decoder_block_spec, cca=cca, keeps_mtp=True)
     else:
         config.transformer_layer_spec = functools.partial(zaya_decoder_block_spec, cca=cca, zaya=config.zaya)

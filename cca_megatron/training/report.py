@@ -7,6 +7,7 @@ from pathlib import Path
 from cca_megatron.data.bigram import bigram_cross_entropy
 from cca_megatron.data.prepare import Manifest, read_manifest
 from cca_megatron.data.tokenizer import BYTES
+from cca_megatron.plan.shapes import attention_from_args
 from cca_megatron.training.checkpoint import count_parameters, latest_iteration
 from cca_megatron.training.command import Command
 
@@ -104,6 +105,6 @@ def _cache_text(command: Command) -> str:
     layers = args.num_layers
     if args.hybrid_layer_pattern is not None:
         layers = args.hybrid_layer_pattern.partition("/")[0].count("*")
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    ours, mha = (2 * 2 * layers * width for width in (groups * args.kv_channels, args.hidden_size))
+    cached = attention_from_args(args).cache_elements()
+    ours, mha = (2 * layers * elements for elements in (cached, 2 * args.hidden_size))
     return f"{ours:,} bytes per token in bf16, {mha / ours:.3g} times less than MHA's {mha:,}"
