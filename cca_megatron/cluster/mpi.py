@@ -5,6 +5,7 @@ goes through torch.distributed as in any other run.
 """
 
 import importlib.util
+import math
 import os
 import signal
 import socket
@@ -22,6 +23,8 @@ from cca_megatron.terminal import console, fail
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
+
+    from cca_megatron.training.recipe import Recipe
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
@@ -216,18 +219,39 @@ def _prepare(path: Path, overrides: list[str], here: Place) -> list[str] | str:
 
     started = [f"launch.nodes={here.nodes}", f"launch.gpus_per_node={here.local_size}"]
     try:
-        asked = load_recipe(path, overrides).launch
-        command, _ = session.prepare_command(path, [*overrides, *started])
+        recipe = load_recipe(path, overrides)
+        asked = recipe.launch
+        batch = _smaller_micro_batch(recipe, here.nodes * here.local_size)
+        command, _ = session.prepare_command(path, [*overrides, *started, *batch])
         launch = command.recipe.launch
         console.print(
             f"MPI: {launch.nodes} host(s) with {launch.gpus_per_node} process(es)"
             + ("" if asked == launch else f"; the recipe's {asked.nodes} with {asked.gpus_per_node} give way")
+            + "".join(f"; {setting}, so that the global batch divides" for setting in batch)
         )
         refuse_owned_folder(command.recipe.output)
         session.prepare_start(command, console)
     except (RecipeError, DataError, JobError, ValueError, OSError) as error:
         return str(error)
     return command.argv
+
+
+def _smaller_micro_batch(recipe: "Recipe", processes: int) -> list[str]:
+    """The setting with which the global batch divides over more processes than the recipe was made for.
+
+    The step stays the same: its samples are only grouped in another way. Nothing where the recipe's own
+    works, or none does, which Megatron then says.
+    """
+    settings = recipe.arguments
+    sizes = ("tensor-model-parallel-size", "context-parallel-size", "pipeline-model-parallel-size")
+    model_parallel = math.prod(settings.get(size) or 1 for size in sizes)
+    samples, micro = settings.get("global-batch-size"), settings.get("micro-batch-size")
+    if not samples or not micro or processes % model_parallel:
+        return []
+    share, rest = divmod(samples, processes // model_parallel)
+    if rest or share == 0 or share % micro == 0:
+        return []
+    return [f"megatron.micro-batch-size={math.gcd(share, micro)}"]
 
 
 # The guard matters: preparing data and saving a checkpoint spawn processes, which import this module again.

@@ -7,7 +7,6 @@ from pathlib import Path
 from cca_megatron.data.bigram import bigram_cross_entropy
 from cca_megatron.data.prepare import Manifest, read_manifest
 from cca_megatron.data.tokenizer import BYTES
-from cca_megatron.plan.shapes import attention_from_args
 from cca_megatron.training.checkpoint import count_parameters, latest_iteration
 from cca_megatron.training.command import Command
 
@@ -101,6 +100,8 @@ def _loss_text(loss: float, manifest: Manifest | None) -> str:
 
 def _cache_text(command: Command) -> str:
     """Keys and values of one token over all attention layers, in bf16."""
+    from cca_megatron.plan.shapes import attention_from_args  # imports Megatron
+
     args = command.args
     layers = args.num_layers
     if args.hybrid_layer_pattern is not None:

@@ -11,7 +11,7 @@ from rich.progress import DownloadColumn
 from cca_megatron.data.prepare import Manifest, dataset_files, prepare, read_manifest
 from cca_megatron.doctor import missing_build_tools
 from cca_megatron.terminal import counted_bar
-from cca_megatron.training import expert_load, launch, report
+from cca_megatron.training import expert_shares, launch, report
 from cca_megatron.training.checkpoint import latest_iteration
 from cca_megatron.training.checkpoint_repair import repair
 from cca_megatron.training.command import Command, Rendezvous, build_command, check_data, program
@@ -73,7 +73,8 @@ def check_machine(recipe: Recipe, device: Device, nodes: int = 1) -> None:
     if recipe.launch.nodes > nodes:
         raise RecipeError(
             f"launch.nodes={recipe.launch.nodes}: this command starts processes on one machine; "
-            "launch.nodes=1 works, and launch/torchrun.sh --help says how to train on several"
+            "launch.nodes=1 works. cca-megatron submit, launch/torchrun.sh and launch/mpirun.sh train on several, "
+            "and --print-args shows what to start on each"
         )
     if device == "cuda":
         import torch
@@ -236,11 +237,11 @@ def _report(command: Command, console: Console) -> None:
         report.plot_losses(curves, bigram, picture)
         lines.append(("loss curve", str(picture.resolve())))
         lines.append(("TensorBoard", f"{program('tensorboard')} --logdir {recipe.tensorboard}"))
-    shares = expert_load.read_shares(recipe.tensorboard)
+    shares = expert_shares.read_shares(recipe.tensorboard)
     if shares:
         picture = recipe.output / "experts.png"
-        expert_load.plot_shares(shares, command.args.num_experts, picture)
-        lines.append(("experts", expert_load.describe_shares(shares, command.args.num_experts)))
+        expert_shares.plot_shares(shares, command.args.num_experts, picture)
+        lines.append(("experts", expert_shares.describe_shares(shares, command.args.num_experts)))
         lines.append(("", str(picture.resolve())))
     if recipe.launch.nodes == 1:
         lines += [

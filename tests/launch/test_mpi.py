@@ -1,5 +1,6 @@
 """mpirun trains: every process finds its place, and none waits for one that failed."""
 
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -13,10 +14,11 @@ import pytest
 from support.small_recipe import small_recipe
 from training.conftest import environment, losses
 
-from cca_megatron.cluster.mpi import MPIError, Place, place
+from cca_megatron.cluster.mpi import MPIError, Place, _smaller_micro_batch, place
+from cca_megatron.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
-MPIRUN = shutil.which("mpirun")
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 with_mpi = pytest.mark.skipif(
     MPIRUN is None or importlib.util.find_spec("mpi4py") is None,
@@ -59,6 +61,26 @@ def test_hosts_with_different_numbers_of_processes_are_refused():
         place([(0, "a"), (0, "a"), (2, "b")], 0)
 
 
+@pytest.mark.parametrize(
+    ("settings", "processes", "expected"),
+    [
+        ({"global-batch-size": 4, "micro-batch-size": 2}, 2, []),
+        ({"global-batch-size": 4, "micro-batch-size": 2}, 4, ["megatron.micro-batch-size=1"]),
+        ({"global-batch-size": 4, "micro-batch-size": 2, "tensor-model-parallel-size": 2}, 4, []),
+        ({"global-batch-size": 24, "micro-batch-size": 8}, 2, ["megatron.micro-batch-size=4"]),
+        ({"global-batch-size": 4, "micro-batch-size": 2}, 3, []),  # none works, and Megatron says why
+        ({"global-batch-size": 4, "micro-batch-size": 2}, 8, []),
+        ({"micro-batch-size": 2}, 8, []),
+    ],
+    ids=str,
+)
+def test_samples_are_grouped_so_that_the_global_batch_divides(settings, processes, expected):
+    recipe = dataclasses.replace(
+        load_recipe(ROOT / "configs/recipes/quickstart.yaml", []), arguments=settings
+    )
+    assert _smaller_micro_batch(recipe, processes) == expected
+
+
 @with_mpi
 def test_mpirun_trains_with_as_many_processes_as_it_started(tmp_path):
     path = small_recipe(tmp_path, iterations=3)
@@ -74,10 +96,11 @@ def test_mpirun_trains_with_as_many_processes_as_it_started(tmp_path):
 @with_mpi
 @pytest.mark.long
 def test_four_processes_train_the_quickstart(tmp_path):
-    settings = ["train-iters=2", "eval-iters=1", "micro-batch-size=1"]
+    settings = ["train-iters=2", "eval-iters=1"]
     run = mpirun(4, tmp_path, ROOT / "configs/recipes/quickstart.yaml", *(f"megatron.{s}" for s in settings))
     output, _ = run.communicate(timeout=600)
     assert run.returncode == 0, output[-4000:]
+    assert "megatron.micro-batch-size=1, so that the global batch divides" in output
     assert sorted(losses(tmp_path / "runs/quickstart/tensorboard")) == [1, 2]
 
 

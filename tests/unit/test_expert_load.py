@@ -10,7 +10,8 @@ from support.megatron import MOE, Layout, gpt_model, microbatches, parallel, tin
 
 from cca_megatron._compat import TopKRouter
 from cca_megatron.specs import cca_decoder_block_spec
-from cca_megatron.training.expert_load import count_tokens, describe_shares, plot_shares, shares_of
+from cca_megatron.training.expert_load import count_tokens, shares_of
+from cca_megatron.training.expert_shares import describe_shares, plot_shares
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
