@@ -73,8 +73,8 @@ def check_machine(recipe: Recipe, device: Device, nodes: int = 1) -> None:
     if recipe.launch.nodes > nodes:
         raise RecipeError(
             f"launch.nodes={recipe.launch.nodes}: this command starts processes on one machine; "
-            "launch.nodes=1 works. cca-megatron submit, launch/torchrun.sh and launch/mpirun.sh train on several, "
-            "and --print-args shows what to start on each"
+            "launch.nodes=1 works. cca-megatron submit, launch/torchrun.sh and launch/mpirun.sh train on "
+            "several, and --print-args shows what to start on each"
         )
     if device == "cuda":
         import torch
