@@ -1,5 +1,6 @@
 """The quality benchmark compares what it says, with equal parameters, and reads its results right."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from cca_megatron.plan.shapes import model_from_args
 from cca_megatron.training.command import Command, build_command
 from cca_megatron.training.recipe import RecipeError, load_recipe
 
+ROOT = Path(__file__).parents[2]
 HIDDEN, DIM, SEQUENCE = 128, 16, 32
 BASE = {
     "model": {name: value for name, value in DENSE.items() if name != "padded-vocab-size"}
@@ -177,6 +179,11 @@ def test_the_tables_show_every_variant_and_the_paper():
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {row.label} |")]
         assert "| 100 | 2 |" in line
         assert row.paper is None or line.endswith(f"| {row.paper:g} |")
+
+
+def test_the_documentation_has_the_tables_of_the_stored_losses():
+    found = json.loads((ROOT / "benchmarks/results/quality/0.7m.json").read_text())
+    assert tables(found["runs"]) in (ROOT / "docs/quality.md").read_text()
 
 
 def test_the_ablation_ladder_falls_in_the_paper_as_parts_are_added():
