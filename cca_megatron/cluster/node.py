@@ -12,8 +12,8 @@ place: Megatron then tells it the sections of each step, and it learns how long 
 import importlib
 import importlib.util
 import os
-import signal
 import shutil
+import signal
 import socket
 import sys
 import tempfile

@@ -157,7 +157,8 @@ def _code() -> dict[str, str]:
         return {"code/commit.txt": f"cca-megatron {metadata.version('cca-megatron')}, no git checkout\n"}
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", PROJECT, *arguments], capture_output=True, text=True, errors="replace").stdout
+        command = ["git", "-C", PROJECT, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, errors="replace").stdout
 
     return {
         "code/commit.txt": git("rev-parse", "HEAD") + git("status", "--short"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cca_megatron.cluster import job as jobs
-from cca_megatron.cluster import node
+from cca_megatron.cluster import node as agent
 from cca_megatron.cluster.ownership import JobError, claim
 from cca_megatron.cluster.run_directory import Attempt, Job, RunDirectory, read_json, run_of, write_json
 from cca_megatron.training.recipe import LaunchSection
@@ -204,7 +204,7 @@ def test_a_wrong_device_stops_the_job_with_a_reason(run, monkeypatch):
 def test_what_an_agent_closed_stays(tmp_path, monkeypatch):
     """The thread that watches may be late."""
     monkeypatch.setenv("SLURMD_NODENAME", "node1")
-    record = node._NodeRecord(tmp_path)
+    record = agent._NodeRecord(tmp_path)
     (record.heartbeats / "0").write_bytes(struct.pack("<qd", 4, 5.0))
     record.close("finished")
     closed = read_json(tmp_path / "node1" / "node.json")
@@ -218,7 +218,7 @@ def test_an_agent_does_not_find_the_heartbeats_of_another(tmp_path, monkeypatch)
     """They are old, and it would end its workers at once."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    folders = {node._NodeRecord(tmp_path / "attempt").heartbeats for _ in range(2)}
+    folders = {agent._NodeRecord(tmp_path / "attempt").heartbeats for _ in range(2)}
     assert len(folders) == 2
     assert {folder.parent for folder in folders} == {tmp_path}
 

@@ -118,7 +118,7 @@ def test_pyxis_is_found_however_much_srun_says(tmp_path):
     fake.chmod(0o755)
     for name in ("pretrain", "preflight"):
         script = (submit.PROJECT / "slurm" / f"{name}.sbatch").read_text()
-        begin = script.index("if [ -n \"$CCA_CONTAINER\" ]; then\n    ")
+        begin = script.index('if [ -n "$CCA_CONTAINER" ]; then\n    ')
         check = script[begin : script.index("    step+=", begin)]
         command = ["bash", "-c", f"set -euo pipefail; {check} fi; echo found"]
         variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CCA_CONTAINER": "a.sqsh"}
@@ -182,6 +182,19 @@ def test_status_of_a_run(tmp_path, monkeypatch):
     found = json.loads(CliRunner().invoke(app, ["status", str(tmp_path), "--json"]).output)
     assert found["last_step"]["number"] == 25
     assert len(found["attempts"]) == 2
+
+
+def test_a_cancelled_job_does_not_seem_to_run(tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text("#!/bin/sh\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    run = RunDirectory(tmp_path / "run")
+    Job("7", 2, state="running").write(run.job_file)
+    Attempt(1, 0, ["n1"], begun=100.0).write(run.attempt_folder("7", 1) / "attempt.json")
+    said = CliRunner().invoke(app, ["status", str(run.root)]).output
+    assert "ended from outside; SLURM: over" in said
+    assert "0.0 min, iterations 0 to ...: ended from outside" in said
+    assert "running" not in said
 
 
 def test_status_of_no_run(tmp_path):
