@@ -157,7 +157,7 @@ def _code() -> dict[str, str]:
         return {"code/commit.txt": f"cca-megatron {metadata.version('cca-megatron')}, no git checkout\n"}
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", PROJECT, *arguments]
+        command = ["git", "-C", str(PROJECT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, errors="replace").stdout
 
     return {
