@@ -63,9 +63,10 @@ def submit(
         job = submission.submit(command, request)
     except (RecipeError, DataError, JobError, SlurmError, ValueError, OSError) as error:
         fail(error)
-    root = command.recipe.output
+    root = shlex.quote(str(command.recipe.output))
+    plural = "" if job.nodes == 1 else "s"
     lines = [
-        ("job", f"{job.job_id} on {job.nodes} nodes"),
+        ("job", f"{job.job_id} on {job.nodes} node{plural}"),
         ("status", f"cca-megatron status {root}"),
         ("log", f"tail -F {root}/logs/job-{job.job_id}.log"),
         ("save and stop", f"scancel --batch --signal=USR2 {job.job_id}"),

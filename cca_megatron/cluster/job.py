@@ -5,6 +5,7 @@ The job script calls it before and after each start of the training processes::
     python -m cca_megatron.cluster.job prepare RECIPE ...   prints the run directory; by hand only
     python -m cca_megatron.cluster.job begin RUN            prints the attempt's folder
     python -m cca_megatron.cluster.job end ATTEMPT STATUS   prints the verdict
+    python -m cca_megatron.cluster.job hand-over RUN JOB    makes a new job the owner
 
 All that it knows is in the run directory, so it goes on after the loss of any node.
 """
@@ -19,7 +20,7 @@ from rich.console import Console
 
 from cca_megatron.cluster.failures import Failure, first_failure
 from cca_megatron.cluster.ownership import JobError, claim, refuse_second_owner
-from cca_megatron.cluster.run_directory import Attempt, Job, RunDirectory, Verdict, run_of
+from cca_megatron.cluster.run_directory import Attempt, Job, RunDirectory, Verdict, read_json, run_of
 from cca_megatron.training.checkpoint import latest_iteration
 from cca_megatron.training.recipe import LaunchSection
 
@@ -115,11 +116,14 @@ def _stalled(attempts: list[Attempt]) -> int:
 
 
 def _distrusted(run: RunDirectory) -> int | None:
-    """The checkpoint that the last attempt could not load."""
+    """The checkpoint that the last attempt could not load; None if it trained, and failed to save another."""
     attempts = run.attempts()
     if not attempts or attempts[-1][1].reason != "checkpoint":
         return None
-    return attempts[-1][1].iteration_before
+    folder, attempt = attempts[-1]
+    records = [read_json(folder / node / "node.json") for node in attempt.nodes]
+    trained = any(record and record["heartbeats"] for record in records)
+    return None if trained else attempt.iteration_before
 
 
 def end(folder: Path, srun_status: int, time_limit: bool, stop_asked: bool) -> tuple[str, str]:
@@ -204,12 +208,14 @@ def _main(arguments: list[str]) -> int:
             job_id, nodes = os.environ["SLURM_JOB_ID"], os.environ["CCA_NODES"].split()
             restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
             print(begin(RunDirectory(Path(path)), job_id, nodes, restart, active.__contains__))
+        elif what == "hand-over":
+            _hand_over(RunDirectory(Path(path)), rest[0])
         else:
             status, *events = rest
             verdict, explanation = end(Path(path), int(status), "time-limit" in events, "stop" in events)
             print(explanation, file=sys.stderr)
             print(verdict)
-    except (JobError, RecipeError, DataError, OSError) as error:
+    except (JobError, RecipeError, DataError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         if what == "begin":
             _stopped(RunDirectory(Path(path)), os.environ["SLURM_JOB_ID"], str(error))
@@ -229,6 +235,15 @@ def _prepare(recipe: Path, overrides: list[str]) -> RunDirectory:
         refuse_second_owner(run, owner, os.environ["CCA_ACTIVE_JOBS"].split().__contains__)
     store(run, files)
     return run
+
+
+def _hand_over(run: RunDirectory, job_id: str) -> None:
+    """Make the job that goes on elsewhere the owner while it waits, so that no other gets between."""
+    with run.locked():
+        job = Job.read(run.job_file)
+        assert job is not None
+        job.job_id = job_id
+        job.write(run.job_file)
 
 
 def _stopped(run: RunDirectory, job_id: str, reason: str) -> None:

@@ -12,9 +12,11 @@ place: Megatron then tells it the sections of each step, and it learns how long 
 import importlib
 import importlib.util
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -60,22 +62,27 @@ class _NodeRecord:
     def __init__(self, attempt_folder: Path):
         self.name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         self.folder = attempt_folder / self.name
-        self.heartbeats = Path(os.environ.get("TMPDIR", "/tmp")) / f"cca-heartbeats-{os.getpid()}"
-        self.heartbeats.mkdir(parents=True, exist_ok=True)
+        self.heartbeats = Path(tempfile.mkdtemp(prefix="cca-heartbeats-"))
         self.begun = time.time()
         self.end: str | None = None
         self.hung = False
         self._failures: list[dict[str, Any]] = []
+        self._lock = threading.Lock()  # the thread that watches writes too
         self.write()
 
     def close(self, end: str, failures: list[dict[str, Any]] | None = None) -> None:
-        self.end, self._failures = ("hung" if self.hung else end), failures or []
-        self.write()
-        for file in self.heartbeats.iterdir():
-            file.unlink()
-        self.heartbeats.rmdir()
+        with self._lock:
+            self.end, self._failures = ("hung" if self.hung else end), failures or []
+            self._write()
+            shutil.rmtree(self.heartbeats, ignore_errors=True)
 
     def write(self) -> None:
+        """Bring it up to date; what :meth:`close` wrote stays."""
+        with self._lock:
+            if self.end is None:
+                self._write()
+
+    def _write(self) -> None:
         ranks = sorted(_rank(log) for log in self.folder.glob("rank-*.out"))
         write_json(
             self.folder / "node.json",

@@ -11,6 +11,8 @@ from cca_megatron.training.checkpoint import latest_iteration
 from cca_megatron.training.progress import Iteration, parse
 
 _TAIL_BYTES = 200_000
+_OVER = "over"
+"""What SLURM no longer knows, or only as ended."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Status:
     last_step: Iteration | None
     last_output: float | None
     """When a rank last wrote something, in seconds since 1970."""
+
+    @property
+    def was_cut_off(self) -> bool:
+        """Whether SLURM ended the job before it could say so itself, as scancel does."""
+        return self.slurm == _OVER and self.job.state not in ("finished", "stopped")
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -62,7 +69,7 @@ def _slurm(job: Job) -> str:
             state += f" ({pending_reason(job.job_id)})"
     except SlurmError as error:
         return f"unknown: {error}"
-    return state or "over"
+    return state or _OVER
 
 
 def _last_step(attempt: Path) -> tuple[Iteration | None, float | None]:
@@ -83,12 +90,13 @@ def describe(status: Status) -> list[tuple[str, str]]:
     job = status.job
     plural = "" if job.nodes == 1 else "s"
     ended = f": {job.reason}" if job.reason else ""
+    state = "ended from outside" if status.was_cut_off else job.state
     lines = [
         ("run", str(status.run)),
-        ("job", f"{job.job_id} on {job.nodes} node{plural}, {job.state}{ended}; SLURM: {status.slurm}"),
+        ("job", f"{job.job_id} on {job.nodes} node{plural}, {state}{ended}; SLURM: {status.slurm}"),
     ]
     for folder, attempt in status.attempts:
-        lines.append(("attempt", f"{_attempt(attempt)}  {folder.relative_to(status.run)}"))
+        lines.append(("attempt", f"{_attempt(attempt, status)}  {folder.relative_to(status.run)}"))
     if status.last_step is not None:
         step = status.last_step
         loss = "" if step.loss is None else f", loss {step.loss:.4f}"
@@ -102,10 +110,11 @@ def describe(status: Status) -> list[tuple[str, str]]:
     return lines
 
 
-def _attempt(attempt: Attempt) -> str:
+def _attempt(attempt: Attempt, status: Status) -> str:
     begun = time.strftime("%m-%d %H:%M:%S", time.localtime(attempt.begun))
-    minutes = ((attempt.ended or time.time()) - attempt.begun) / 60
+    last_sign = status.last_output or attempt.begun if status.was_cut_off else time.time()
+    minutes = ((attempt.ended or last_sign) - attempt.begun) / 60
     saved = f"{attempt.iteration_before or 0} to {attempt.iteration_after or '...'}"
-    what = attempt.verdict or "running"
+    what = attempt.verdict or ("ended from outside" if status.was_cut_off else "running")
     reason = f" ({attempt.reason})" if attempt.reason else ""
     return f"{begun}, {minutes:.1f} min, iterations {saved}: {what}{reason}"

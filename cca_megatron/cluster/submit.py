@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -56,7 +57,8 @@ def sbatch_options(command: Command, request: Request, run: RunDirectory) -> lis
     options += [f"--{name}={value}" for name, value in named.items() if value is not None]
     lead = re.search(r"^CCA_LEAD_SECONDS=(\d+)", shared_file("slurm/site.env").read_text(), re.MULTILINE)
     options += [f"--signal=B:USR1@{lead[1]}"] if lead else []
-    return [*options, f"--output={run.job_log('%j')}", *request.options]
+    log = RunDirectory(Path(str(run.root).replace("%", "%%"))).job_log("%j")
+    return [*options, f"--output={log}", *request.options]
 
 
 def run_files(command: Command, request: Request) -> tuple[RunDirectory, dict[str, str]]:
@@ -114,21 +116,28 @@ def store(run: RunDirectory, files: dict[str, str]) -> None:
 
 def _script(options: Iterable[str]) -> str:
     first, _, body = shared_file("slurm/pretrain.sbatch").read_text().partition("\n")
-    lines = [f"#SBATCH {option}" for option in options]
+    lines = [f"#SBATCH {_quoted(option)}" for option in options]
     own = {line.split("=")[0] for line in lines}
     kept = [line for line in body.split("\n") if line.split("=")[0] not in own]
     return "\n".join([first, "# Made by cca-megatron submit.", *lines, *kept])
 
 
+def _quoted(option: str) -> str:
+    """An option as sbatch reads it in a script, where a space ends it."""
+    name, equals, value = option.partition("=")
+    return f"{name}={shlex.quote(value)}" if equals else option
+
+
 def _site(request: Request) -> str:
     """The site's values, and those of this submission after them."""
     given = {
-        "CCA_ROOT": str(PROJECT),
-        "CCA_PYTHON": "python3" if request.container else sys.executable,
+        "CCA_ROOT": str(shared_file("launch/h100.env").parents[1]),
         "CCA_CONTAINER": request.container,
         "CCA_DEVICE": os.environ.get("CCA_DEVICE"),
     }
-    lines = [f'export {name}="{value}"' for name, value in given.items() if value is not None]
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in given.items() if value is not None]
+    # Not in a container, which does not have it, and not in place of one that the site names.
+    lines.append(f'[ -n "$CCA_CONTAINER$CCA_PYTHON" ] || CCA_PYTHON={shlex.quote(sys.executable)}')
     return shared_file("slurm/site.env").read_text() + "\n# Of this submission.\n" + "\n".join(lines) + "\n"
 
 
@@ -148,7 +157,8 @@ def _code() -> dict[str, str]:
         return {"code/commit.txt": f"cca-megatron {metadata.version('cca-megatron')}, no git checkout\n"}
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", PROJECT, *arguments], capture_output=True, text=True).stdout
+        command = ["git", "-C", str(PROJECT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, errors="replace").stdout
 
     return {
         "code/commit.txt": git("rev-parse", "HEAD") + git("status", "--short"),

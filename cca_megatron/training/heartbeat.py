@@ -49,7 +49,10 @@ def read_heartbeats(folder: Path) -> dict[int, Heartbeat]:
     """The last sign of life of every rank that gave one."""
     beats = {}
     for file in folder.glob("*"):
-        content = file.read_bytes()
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError:  # its agent has just ended
+            continue
         if len(content) == _FORMAT.size:
             beats[int(file.name)] = Heartbeat(*_FORMAT.unpack(content))
     return beats

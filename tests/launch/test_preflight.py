@@ -12,7 +12,7 @@ import time
 import pytest
 from training.conftest import environment
 
-from cca_megatron.cluster.preflight import gpus
+from cca_megatron.cluster.preflight import allocation, gpus
 from cca_megatron.cluster.preflight.bounded import output_of
 from cca_megatron.cluster.preflight.check import rounds
 from cca_megatron.cluster.preflight.judge import Verdict, judge
@@ -73,6 +73,14 @@ def verdict(*changed: NodeReport, broken: str | None = None, **more) -> Verdict:
     return judge(
         names, reports, more.get("pairs", exchanges(names, broken)), more.get("together", []), Limits()
     )
+
+
+def test_in_a_container_the_nodes_are_known_without_scontrol(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
+    known = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURMD_NODENAME": "node2", "CCA_NODES": "node1 node2 "}
+    found = allocation.find(step | known, tmp_path)
+    assert (found.node, found.nodes) == ("node2", ("node1", "node2"))
 
 
 def test_healthy_nodes_are_fine():

@@ -1,14 +1,17 @@
 """What a job decides before and after an attempt."""
 
 import json
+import struct
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 from cca_megatron.cluster import job as jobs
+from cca_megatron.cluster import node as agent
 from cca_megatron.cluster.ownership import JobError, claim
-from cca_megatron.cluster.run_directory import Attempt, Job, RunDirectory, run_of, write_json
+from cca_megatron.cluster.run_directory import Attempt, Job, RunDirectory, read_json, run_of, write_json
 from cca_megatron.training.recipe import LaunchSection
 
 LAUNCH = LaunchSection(nodes=2, max_restarts=5, max_stalls=2)
@@ -165,6 +168,59 @@ def test_a_checkpoint_that_could_not_be_loaded_is_distrusted(run):
     assert jobs._distrusted(run) == 20
     attempt(run, before=10, number=2, verdict="again", reason="killed")
     assert jobs._distrusted(run) is None
+
+
+def test_a_checkpoint_that_was_loaded_is_trusted_if_saving_the_next_one_fails(run):
+    """A full disk must not cost the good checkpoints."""
+    folder = attempt(run, before=20, verdict="again", reason="checkpoint")
+    seen = folder / "node2" / "node.json"
+    write_json(seen, json.loads(seen.read_text()) | {"heartbeats": {"1": {"count": 9, "time": 5.0}}})
+    assert jobs._distrusted(run) is None
+
+
+def test_a_new_job_owns_the_run_while_it_waits(run):
+    """Nothing can be submitted between the job that ends and the one that goes on elsewhere."""
+    folder = attempt(run)
+    node_ends(folder, "node2", 1, 16)
+    jobs.end(folder, 1, time_limit=False, stop_asked=False)
+    began = Job.read(run.job_file).submitted
+    assert jobs._main(["hand-over", str(run.root), "8"]) == 0
+    with pytest.raises(JobError, match="belongs to job 8"):
+        claim(run, "9", 2, lambda job_id: job_id == "8")
+    job = claim(run, "8", 2, never)
+    assert (job.state, job.submitted, job.bad_nodes) == ("running", began, ["node2"])
+
+
+def test_a_wrong_device_stops_the_job_with_a_reason(run, monkeypatch):
+    run.recipe.write_text("launch: {nodes: 2}\n")
+    for name, value in {"CCA_DEVICE": "tpu", "CCA_ACTIVE_JOBS": "7", "SLURM_JOB_ID": "7"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CCA_NODES", "node1 node2")
+    assert jobs._main(["begin", str(run.root)]) == 1
+    job = Job.read(run.job_file)
+    assert (job.state, "tpu" in job.reason) == ("stopped", True)
+
+
+def test_what_an_agent_closed_stays(tmp_path, monkeypatch):
+    """The thread that watches may be late."""
+    monkeypatch.setenv("SLURMD_NODENAME", "node1")
+    record = agent._NodeRecord(tmp_path)
+    (record.heartbeats / "0").write_bytes(struct.pack("<qd", 4, 5.0))
+    record.close("finished")
+    closed = read_json(tmp_path / "node1" / "node.json")
+    record.write()
+    assert read_json(tmp_path / "node1" / "node.json") == closed
+    assert (closed["end"], closed["heartbeats"]) == ("finished", {"0": {"count": 4, "time": 5.0}})
+    assert not record.heartbeats.exists()
+
+
+def test_an_agent_does_not_find_the_heartbeats_of_another(tmp_path, monkeypatch):
+    """They are old, and it would end its workers at once."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    folders = {agent._NodeRecord(tmp_path / "attempt").heartbeats for _ in range(2)}
+    assert len(folders) == 2
+    assert {folder.parent for folder in folders} == {tmp_path}
 
 
 def test_records_are_whole_or_not_there(run, monkeypatch):

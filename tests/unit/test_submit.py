@@ -1,7 +1,10 @@
 """What would be submitted, and what is said of a run."""
 
+import dataclasses
 import json
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -69,8 +72,58 @@ def test_the_script_is_bash(command, tmp_path):
     files = submit.run_files(command, request)[1]
     script.write_text(files["job.sbatch"])
     assert subprocess.run(["bash", "-n", script]).returncode == 0
-    assert 'export CCA_CONTAINER="image.sqsh"' in files["site.env"]
-    assert 'export CCA_PYTHON="python3"' in files["site.env"]  # that of the image
+    assert "export CCA_CONTAINER=image.sqsh" in files["site.env"]
+
+
+@pytest.mark.parametrize(
+    ("site", "request_", "python"),
+    [
+        ({}, submit.Request(), sys.executable),
+        ({"CCA_PYTHON": "/opt/python"}, submit.Request(), "/opt/python"),
+        ({}, submit.Request(container="a $b.sqsh"), ""),  # that of the image
+        ({"CCA_CONTAINER": "a.sqsh"}, submit.Request(), ""),
+    ],
+)
+def test_the_python_of_the_job_is_that_of_its_place(command, tmp_path, site, request_, python):
+    script = tmp_path / "site.env"
+    script.write_text(submit.run_files(command, request_)[1]["site.env"])
+    show = ["bash", "-c", f'source {script}; echo "$CCA_PYTHON|$CCA_CONTAINER|$CCA_ROOT"']
+    said = subprocess.run(show, env=site, capture_output=True, text=True).stdout.strip()
+    image = request_.container or site.get("CCA_CONTAINER", "")
+    assert said == f"{python}|{image}|{submit.PROJECT}"
+
+
+def test_of_an_installed_package_the_job_finds_the_scripts(command, tmp_path, monkeypatch):
+    share = tmp_path / "share" / "cca-megatron"
+    for name in ("slurm/site.env", "slurm/pretrain.sbatch", "launch/h100.env"):
+        (share / name).parent.mkdir(parents=True, exist_ok=True)
+        (share / name).write_text((submit.PROJECT / name).read_text())
+    monkeypatch.setattr(submit, "PROJECT", tmp_path / "site-packages")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert f"export CCA_ROOT={share}\n" in submit.run_files(command, submit.Request())[1]["site.env"]
+
+
+def test_options_with_spaces_reach_sbatch(command, monkeypatch):
+    recipe = dataclasses.replace(command.recipe, output=Path("/a b/50%/my run"))
+    command = dataclasses.replace(command, recipe=recipe)
+    options = directives(submit.run_files(command, submit.Request("1", "b c"))[1]["job.sbatch"])
+    for option in ("--job-name='my run'", "--partition='b c'", "--output='/a b/50%%/my run/logs/job-%j.log'"):
+        assert option in options
+
+
+def test_pyxis_is_found_however_much_srun_says(tmp_path):
+    """grep would end at the first match, and srun of a closed pipe."""
+    fake = tmp_path / "srun"
+    fake.write_text("#!/bin/bash\necho --container-image\nfor i in {1..50000}; do echo more options; done\n")
+    fake.chmod(0o755)
+    for name in ("pretrain", "preflight"):
+        script = (submit.PROJECT / "slurm" / f"{name}.sbatch").read_text()
+        begin = script.index('if [ -n "$CCA_CONTAINER" ]; then\n    ')
+        check = script[begin : script.index("    step+=", begin)]
+        command = ["bash", "-c", f"set -euo pipefail; {check} fi; echo found"]
+        variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CCA_CONTAINER": "a.sqsh"}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        assert done.stdout == "found\n", done.stderr
 
 
 def test_secrets_are_not_written_down(command, monkeypatch):
@@ -129,6 +182,19 @@ def test_status_of_a_run(tmp_path, monkeypatch):
     found = json.loads(CliRunner().invoke(app, ["status", str(tmp_path), "--json"]).output)
     assert found["last_step"]["number"] == 25
     assert len(found["attempts"]) == 2
+
+
+def test_a_cancelled_job_does_not_seem_to_run(tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text("#!/bin/sh\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    run = RunDirectory(tmp_path / "run")
+    Job("7", 2, state="running").write(run.job_file)
+    Attempt(1, 0, ["n1"], begun=100.0).write(run.attempt_folder("7", 1) / "attempt.json")
+    said = CliRunner().invoke(app, ["status", str(run.root)]).output
+    assert "ended from outside; SLURM: over" in said
+    assert "0.0 min, iterations 0 to ...: ended from outside" in said
+    assert "running" not in said
 
 
 def test_status_of_no_run(tmp_path):

@@ -40,8 +40,10 @@ def find(environment: Mapping[str, str], output: Path) -> Allocation | None:
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
         if environment["SLURM_LOCALID"] != "0":
             return None
-        hosts = ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]]
-        nodes = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()
+        nodes = environment.get("CCA_NODES", "").split()  # in a container there is no scontrol
+        if not nodes:
+            hosts = ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]]
+            nodes = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()
         node = environment["SLURMD_NODENAME"]
         folder = output / f"job-{environment['SLURM_JOB_ID']}.{environment['SLURM_STEP_ID']}"
         return Allocation(node, tuple(nodes), node, folder)

@@ -41,7 +41,7 @@ def preflight(
 
     On this machine: `cca-megatron preflight`
 
-    With SLURM: `sbatch --nodes=8 slurm/preflight.sbatch`, or in an allocation
+    With SLURM: `sbatch --nodes=8 --gpus-per-node=8 slurm/preflight.sbatch`, or in an allocation
     `srun --ntasks-per-node=1 cca-megatron preflight`
 
     With torchrun, one process on each host: `torchrun --nnodes=2 --nproc-per-node=1
