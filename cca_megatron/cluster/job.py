@@ -24,8 +24,10 @@ from cca_megatron.cluster.run_directory import Attempt, Job, RunDirectory, Verdi
 from cca_megatron.training.checkpoint import latest_iteration
 from cca_megatron.training.recipe import LaunchSection
 
-_REPEATS_ITSELF = {"settings", "data", "result validation", "NaN"}
+_REPEATS_ITSELF = {"settings", "result validation", "NaN"}
 """What another attempt would run into again."""
+_MAY_REPEAT_ITSELF = {"data", "out of memory"}
+"""What it would, if this one made no progress."""
 _ELSEWHERE = {"transient fault", "GPU"}
 """What another node may not have."""
 
@@ -144,8 +146,9 @@ def end(folder: Path, srun_status: int, time_limit: bool, stop_asked: bool) -> t
     attempt.ended, attempt.srun_status, attempt.time_limit = time.time(), srun_status, time_limit
     attempt.iteration_after = latest_iteration(run.checkpoints)
     attempt.write(folder / "attempt.json")
-    failure = first_failure(folder) if srun_status else None
-    attempt.verdict, attempt.reason = _decide(attempt, failure, stop_asked)
+    failure = _failure(folder) if srun_status else None
+    is_complete = _is_complete(run, attempt, time_limit or stop_asked)
+    attempt.verdict, attempt.reason = _decide(attempt, failure, stop_asked, is_complete)
     attempt.write(folder / "attempt.json")
     with run.locked():
         job = Job.read(run.job_file)
@@ -163,17 +166,44 @@ def end(folder: Path, srun_status: int, time_limit: bool, stop_asked: bool) -> t
     return verdict, _explained(run, attempt, failure)
 
 
-def _decide(attempt: Attempt, failure: Failure | None, stop_asked: bool) -> tuple[Verdict, str]:
+def _failure(folder: Path) -> Failure | None:
+    """The first failure; None where logs cannot be read, which must not end a run."""
+    try:
+        return first_failure(folder)
+    except Exception as error:
+        print(f"warning: {folder}: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+
+def _is_complete(run: RunDirectory, attempt: Attempt, interrupted: bool) -> bool:
+    """Whether processes that ended well did so because there is nothing left to do.
+
+    Megatron also ends well when it is signalled, or at ``exit-duration-in-mins``. With ``exit-interval`` it
+    ends where the user wants it.
+    """
+    arguments = run.arguments.read_text().splitlines() if run.arguments.is_file() else []
+    if attempt.iteration_after is None or "--exit-interval" in arguments or "--train-iters" not in arguments:
+        return not interrupted
+    return attempt.iteration_after >= int(arguments[arguments.index("--train-iters") + 1])
+
+
+def _decide(
+    attempt: Attempt, failure: Failure | None, stop_asked: bool, is_complete: bool
+) -> tuple[Verdict, str]:
+    kind = failure.kind if failure else "unknown"
+    if attempt.srun_status == 0 and is_complete:
+        return "finished", ""
     if stop_asked:
         return "stop", "asked to stop"
+    if kind in _REPEATS_ITSELF:
+        return "stop", kind
     if attempt.time_limit:
         return "requeue", "time limit"
     if attempt.srun_status == 0:
-        return "finished", ""
-    kind = failure.kind if failure else "unknown"
+        return "requeue", "ended before the last iteration"
     if kind in _ELSEWHERE:
         return ("resubmit" if failure and failure.node else "requeue"), kind
-    if kind in _REPEATS_ITSELF or (kind == "out of memory" and not attempt.progressed):
+    if kind in _MAY_REPEAT_ITSELF and not attempt.progressed:
         return "stop", kind
     return "again", kind
 
@@ -228,11 +258,19 @@ def _prepare(recipe: Path, overrides: list[str]) -> RunDirectory:
     from cca_megatron.cluster.submit import Request, run_files, store
     from cca_megatron.training import session
 
-    overrides = [*overrides, f"launch.nodes={os.environ['SLURM_NNODES']}"]
-    run, files = run_files(session.prepare_command(recipe, overrides)[0], Request())
+    given = os.environ
+    asked = Request(
+        given.get("CCA_TIME_LIMIT") or None,
+        given.get("SLURM_JOB_PARTITION") or None,
+        given.get("SLURM_JOB_ACCOUNT") or None,
+    )
+    overrides = [*overrides, f"launch.nodes={given['SLURM_NNODES']}"]
+    run, files = run_files(session.prepare_command(recipe, overrides)[0], asked)
     owner = Job.read(run.job_file)
-    if owner is not None and owner.job_id != os.environ["SLURM_JOB_ID"]:
-        refuse_second_owner(run, owner, os.environ["CCA_ACTIVE_JOBS"].split().__contains__)
+    if owner is not None and owner.job_id == given["SLURM_JOB_ID"]:
+        return run  # requeued: it goes on with the recipe that it began with
+    if owner is not None:
+        refuse_second_owner(run, owner, given["CCA_ACTIVE_JOBS"].split().__contains__)
     store(run, files)
     return run
 

@@ -207,6 +207,8 @@ def _save_when_asked() -> None:
     while True:
         signal.sigwait({SAVE_SIGNAL})
         print(f"{time.strftime('%H:%M:%S')} asked to save a checkpoint and to end", flush=True)
+        while not _workers():  # they are about to start
+            time.sleep(_WATCH_SECONDS)
         _signal_workers(signal.SIGTERM)
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 
@@ -25,6 +26,14 @@ def _run(*command: str) -> str:
 def sbatch(options: list[str], script: Path, *arguments: str) -> str:
     """Submit a script; returns the job's id."""
     return _run("sbatch", "--parsable", *options, str(script), *arguments).partition(";")[0]
+
+
+def check(script: str) -> None:
+    """Raise SlurmError if SLURM would refuse this script."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
+        file.write(script)
+        file.flush()
+        _run("sbatch", "--test-only", file.name)
 
 
 def job_state(job_id: str) -> str | None:

@@ -52,13 +52,32 @@ def sbatch_options(command: Command, request: Request, run: RunDirectory) -> lis
     launch = command.recipe.launch
     named = {"time": request.time, "partition": request.partition, "account": request.account}
     options = [f"--nodes={launch.nodes}", f"--job-name={run.root.name}"]
-    if os.environ.get("CCA_DEVICE") != "cpu":
+    own_gpus = any(option.startswith(("--gres", "--gpus")) for option in request.options)
+    if os.environ.get("CCA_DEVICE") != "cpu" and not own_gpus:
         options.append(f"--gpus-per-node={launch.gpus_per_node}")
     options += [f"--{name}={value}" for name, value in named.items() if value is not None]
-    lead = re.search(r"^CCA_LEAD_SECONDS=(\d+)", shared_file("slurm/site.env").read_text(), re.MULTILINE)
-    options += [f"--signal=B:USR1@{lead[1]}"] if lead else []
+    options.append(f"--signal=B:USR1@{_lead_seconds()}")
     log = RunDirectory(Path(str(run.root).replace("%", "%%"))).job_log("%j")
     return [*options, f"--output={log}", *request.options]
+
+
+def _lead_seconds() -> int:
+    """How long before its time limit a job is warned, as the site's file says."""
+    lead = re.search(r"^CCA_LEAD_SECONDS=(\d+)", shared_file("slurm/site.env").read_text(), re.MULTILINE)
+    if lead is None:
+        raise RecipeError("slurm/site.env: has no CCA_LEAD_SECONDS; CCA_LEAD_SECONDS=300 works")
+    return int(lead[1])
+
+
+def _seconds(limit: str) -> int | None:
+    """A time limit as SLURM writes it (``90``, ``4:00:00``, ``1-12``); None if it is none of these."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if match is None:
+        return None
+    days, first, second, third = match.groups()
+    if days is None and third is None:  # minutes, or minutes:seconds
+        return int(first) * 60 + int(second or 0)
+    return int(days or 0) * 86400 + int(first) * 3600 + int(second or 0) * 60 + int(third or 0)
 
 
 def run_files(command: Command, request: Request) -> tuple[RunDirectory, dict[str, str]]:
@@ -79,7 +98,7 @@ def run_files(command: Command, request: Request) -> tuple[RunDirectory, dict[st
         "recipe.yaml": yaml.safe_dump(content, sort_keys=False),
         "arguments.txt": "".join(f"{argument}\n" for argument in command.argv),
         "job.sbatch": _script(sbatch_options(command, request, run)),
-        "site.env": _site(request),
+        "site.env": _site(request, [run.root, Path(recipe.data.prefix or ".").resolve().parent]),
         "environment.txt": "".join(f"{line}\n" for line in _environment()),
         **_code(),
     }
@@ -95,6 +114,13 @@ def submit(command: Command, request: Request) -> Job:
         SlurmError: SLURM refuses.
     """
     run, files = run_files(command, request)
+    lead, limit = _lead_seconds(), _seconds(request.time or "")
+    if limit is not None and limit <= lead:
+        raise RecipeError(
+            f"--time {request.time}: must be longer than the {lead} s before the end when the job saves "
+            f"(CCA_LEAD_SECONDS in slurm/site.env); --time {lead // 60 + 10} works"
+        )
+    slurm.check(files["job.sbatch"])
     with run.locked():
         owner = Job.read(run.job_file)
         if owner is not None:
@@ -128,14 +154,17 @@ def _quoted(option: str) -> str:
     return f"{name}={shlex.quote(value)}" if equals else option
 
 
-def _site(request: Request) -> str:
-    """The site's values, and those of this submission after them."""
+def _site(request: Request, folders: list[Path]) -> str:
+    """The site's values, and those of this submission after them; a container sees these folders too."""
     given = {
         "CCA_ROOT": str(shared_file("launch/h100.env").parents[1]),
         "CCA_CONTAINER": request.container,
         "CCA_DEVICE": os.environ.get("CCA_DEVICE"),
     }
     lines = [f"export {name}={shlex.quote(value)}" for name, value in given.items() if value is not None]
+    outside = [str(folder) for folder in folders if not folder.is_relative_to(Path.cwd())]
+    mounts = shlex.quote("".join(f",{folder}:{folder}" for folder in outside))
+    lines += [f"CCA_CONTAINER_MOUNTS=$CCA_CONTAINER_MOUNTS{mounts}"] if outside else []
     # Not in a container, which does not have it, and not in place of one that the site names.
     lines.append(f'[ -n "$CCA_CONTAINER$CCA_PYTHON" ] || CCA_PYTHON={shlex.quote(sys.executable)}')
     return shared_file("slurm/site.env").read_text() + "\n# Of this submission.\n" + "\n".join(lines) + "\n"

@@ -67,6 +67,36 @@ def test_success_finishes(run):
     assert Attempt.read(folder / "attempt.json").iteration_after == 30
 
 
+@pytest.mark.parametrize(
+    ("reached", "events", "arguments", "verdict"),
+    [
+        (100, (True, False), [], "finished"),  # the last step was done when the warning came
+        (100, (False, True), [], "finished"),
+        (60, (False, False), [], "requeue"),  # exit-duration-in-mins, or a signal from outside
+        (60, (False, False), ["--exit-interval", "60"], "finished"),
+        (60, (True, False), ["--exit-interval", "90"], "requeue"),
+        (60, (False, True), [], "stop"),
+    ],
+)
+def test_it_is_finished_when_there_is_nothing_left_to_do(run, reached, events, arguments, verdict):
+    run.arguments.write_text("\n".join(["--train-iters", "100", *arguments]))
+    folder = attempt(run)
+    save(run, reached)
+    assert jobs.end(folder, 0, *events)[0] == verdict
+
+
+def test_failed_validation_stops_at_the_time_limit_too(run):
+    folder = attempt(run)
+    node_ends(folder, "node1", 0, 17)
+    assert jobs.end(folder, 1, time_limit=True, stop_asked=False)[0] == "stop"
+
+
+def test_logs_that_cannot_be_read_do_not_end_a_run(run, monkeypatch):
+    folder = attempt(run)
+    (folder / "node1" / "node.json").write_text("[]")
+    assert jobs.end(folder, 1, time_limit=False, stop_asked=False)[0] == "again"
+
+
 @pytest.mark.parametrize("status", [0, 1])  # whether or not they saved in time
 def test_the_time_limit_requeues(run, status):
     folder = attempt(run)
@@ -113,10 +143,17 @@ def test_failed_validation_stops(run):
 
 
 @pytest.mark.parametrize(("reached", "verdict"), [(10, "stop"), (20, "again")])
-def test_memory_that_runs_out_at_once_would_run_out_again(run, reached, verdict):
+@pytest.mark.parametrize(
+    "error",
+    [
+        "torch.OutOfMemoryError: CUDA out of memory.",
+        "cca_megatron.data.sources.DataError: a.bin: is cut short",
+    ],
+)
+def test_what_fails_at_once_would_fail_again(run, reached, verdict, error):
     folder = attempt(run, before=10)
     save(run, reached)
-    message = "Traceback (most recent call last):\ntorch.OutOfMemoryError: CUDA out of memory."
+    message = f"Traceback (most recent call last):\n{error}"
     (folder / "node1" / "rank-00000.err").write_text(message)
     node_ends(folder, "node1", 0, 1, message)
     assert jobs.end(folder, 1, time_limit=False, stop_asked=False)[0] == verdict

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from cca_megatron.cli import app
 from cca_megatron.cluster import submit
 from cca_megatron.cluster.run_directory import Attempt, Job, RunDirectory
+from cca_megatron.cluster.slurm import SlurmError
 from cca_megatron.training.command import build_command
 from cca_megatron.training.heartbeat import FOLDER_VARIABLE, read_heartbeats
 from cca_megatron.training.recipe import RecipeError, load_recipe
@@ -64,6 +65,55 @@ def test_options_reach_sbatch(command):
     assert len([o for o in options if o.startswith("--signal")]) == 1
     defaults = directives(submit.run_files(command, submit.Request())[1]["job.sbatch"])
     assert not any(o.startswith(("--time", "--partition", "--account")) for o in defaults)
+
+
+def test_gpus_are_asked_for_as_the_site_wants(command):
+    own = submit.Request(options=["--gres=gpu:h100:4"])
+    options = directives(submit.run_files(command, own)[1]["job.sbatch"])
+    assert "--gres=gpu:h100:4" in options
+    assert not any(option.startswith("--gpus") for option in options)
+
+
+@pytest.mark.parametrize("limit", ["5", "4:59", "0:04:59", "0-0:05"])
+def test_a_limit_shorter_than_the_warning_is_refused(command, limit):
+    with pytest.raises(
+        RecipeError, match=rf"--time {limit}: must be longer than the 300 s .* --time 15 works"
+    ):
+        submit.submit(command, submit.Request(limit))
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("90", 5400), ("4:30", 270), ("1:00:30", 3630), ("2-0", 172800), ("1-1:30", 91800), ("UNLIMITED", None)],
+)
+def test_limits_are_read_as_slurm_does(limit, seconds):
+    assert submit._seconds(limit) == seconds
+
+
+def test_what_slurm_refuses_leaves_nothing_behind(command, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text(
+        "#!/bin/sh\necho 'sbatch: error: Invalid time limit' >&2\nexit 1\n"
+    )
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    with pytest.raises(SlurmError, match="Invalid time limit"):
+        submit.submit(command, submit.Request("nonsense"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_container_sees_the_run_and_the_data(command, tmp_path, monkeypatch):
+    data = dataclasses.replace(command.recipe.data, prefix="/big/disk/corpus")
+    recipe = dataclasses.replace(command.recipe, data=data, output=Path("/scratch/a b"))
+    site = tmp_path / "site.env"
+    files = submit.run_files(dataclasses.replace(command, recipe=recipe), submit.Request(container="a.sqsh"))[
+        1
+    ]
+    site.write_text(files["site.env"])
+    show = ["bash", "-c", f'source {site}; echo "$CCA_CONTAINER_MOUNTS"']
+    here = str(tmp_path)
+    said = subprocess.run(show, env={"PWD": here}, cwd=here, capture_output=True, text=True).stdout.strip()
+    assert said == f"{here}:{here},/scratch/a b:/scratch/a b,/big/disk:/big/disk"
 
 
 def test_the_script_is_bash(command, tmp_path):
