@@ -1,5 +1,5 @@
 # make quickstart   set up and train a small model (five minutes on two cores)
-# make test         set up and run the tests (about 17 minutes on two cores)
+# make test         set up and run the tests (about half an hour on two cores)
 # make test-all     the same with the long matrices
 # make gpu-test     on a machine with GPUs: the quick tests on them, over NCCL where there are two or more
 # make gpu-bench    on a machine with a GPU: measure the kernels, make plots and the README's table (8 minutes)
