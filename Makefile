@@ -1,4 +1,4 @@
-# make quickstart   set up and train a small model (five minutes on two cores)
+# make quickstart   set up and train a small model (six minutes on two cores)
 # make test         set up and run the tests (about half an hour on two cores)
 # make test-all     the same with the long matrices
 # make gpu-test     on a machine with GPUs: the quick tests on them, over NCCL where there are two or more
