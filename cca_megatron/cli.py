@@ -6,7 +6,6 @@ Imports are inside the commands, so that ``--help`` answers at once.
 import logging
 import os
 import warnings
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,7 +19,7 @@ from cca_megatron.cluster.preflight.command import preflight
 from cca_megatron.convert import app as convert_app
 from cca_megatron.generate import generate
 from cca_megatron.plan.command import plan
-from cca_megatron.terminal import console, fail
+from cca_megatron.terminal import OverridesArgument, RecipeArgument, console, fail
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -54,15 +53,8 @@ def main() -> None:
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as configs/recipes/quickstart.yaml.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="SECTION.KEY=VALUE",
-            help="Settings that replace the recipe's: `megatron.train-iters=100`, "
-            "`cca.temperature=exp`, `output=runs/mine`. Any Megatron argument can be set.",
-        ),
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     print_args: Annotated[
         bool, typer.Option("--print-args", help="Print the equivalent command and stop.")
     ] = False,

@@ -1,15 +1,25 @@
-"""How every command speaks: output, errors, and bars with what is done of what there is."""
+"""How every command speaks: shared arguments, output, errors, and bars that count."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 console = Console(highlight=False)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="A recipe, such as configs/recipes/quickstart.yaml.")]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SECTION.KEY=VALUE",
+        help="Settings that replace the recipe's: `megatron.train-iters=100`, "
+        "`cca.temperature=exp`, `output=runs/mine`. Any Megatron argument can be set.",
+    ),
+]
 
 
 def fail(message: object, status: int = 1) -> NoReturn:

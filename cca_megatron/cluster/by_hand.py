@@ -3,12 +3,10 @@
 import os
 import socket
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from cca_megatron.terminal import console, fail
+from cca_megatron.terminal import OverridesArgument, RecipeArgument, console, fail
 from cca_megatron.training.command import Rendezvous
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
@@ -65,15 +63,8 @@ def _number(environment: Mapping[str, str], name: str, default: str, least: int)
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as configs/recipes/quickstart.yaml.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="SECTION.KEY=VALUE",
-            help="Settings that replace the recipe's, such as `launch.gpus_per_node=8`. `launch.nodes` is "
-            "the number of hosts.",
-        ),
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
 ) -> None:
     """Train on this machine, or on several without SLURM or MPI, with torchrun on each.
 
@@ -88,8 +79,9 @@ def train(
     With ssh: `for h in hostA hostB; do ssh $h "cd $PWD && HOSTS='hostA hostB' launch/torchrun.sh RECIPE" &
     done; wait`
 
-    Node 0 prepares the data; the others wait for it, an hour at most. The last node prints the losses. Ctrl-C
-    or SIGTERM on one node saves a checkpoint and stops all; the same commands go on from there.
+    `launch.nodes` is the number of hosts. Node 0 prepares the data; the others wait for it, an hour at
+    most. The last node prints the losses. Ctrl-C or SIGTERM on one node saves a checkpoint and stops all; the
+    same commands go on from there.
     """
     from cca_megatron.cluster.ownership import JobError, refuse_owned_folder
     from cca_megatron.data.sources import DataError

@@ -7,15 +7,12 @@ from typing import Annotated
 
 import typer
 
-from cca_megatron.terminal import console, fail
+from cca_megatron.terminal import OverridesArgument, RecipeArgument, console, fail
 
 
 def submit(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as configs/recipes/quickstart.yaml.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings that replace the recipe's."),
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     nodes: Annotated[
         int | None, typer.Option(min=1, help="Nodes; by default the recipe's launch.nodes.")
     ] = None,

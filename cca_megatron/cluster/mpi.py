@@ -14,12 +14,12 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from cca_megatron.cluster.ports import held_port
-from cca_megatron.terminal import console, fail
+from cca_megatron.terminal import OverridesArgument, RecipeArgument, console, fail
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -83,15 +83,8 @@ def place(hosts: list[tuple[int, str]], rank: int) -> Place:
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as configs/recipes/quickstart.yaml.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="SECTION.KEY=VALUE",
-            help="Settings that replace the recipe's, such as `megatron.train-iters=100`. "
-            "`launch.nodes` and `launch.gpus_per_node` are what the MPI launcher started.",
-        ),
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
 ) -> None:
     """Train in the processes that an MPI launcher starts, one per GPU.
 
@@ -104,9 +97,9 @@ def train(
     Without GPUs: `mpirun -np 2 launch/mpirun.sh configs/recipes/quickstart.yaml`; `--oversubscribe` if
     there are fewer cores than processes.
 
-    The data is prepared once, by rank 0, in a folder that all hosts see. `MASTER_ADDR=ADDRESS` names
-    rank 0's host as the others reach it, where its host name does not. `kill -USR1` of mpirun, mpiexec
-    or srun makes Megatron save a checkpoint and stop; the same command goes on from there. SIGTERM does not
+    `launch.nodes` and `launch.gpus_per_node` are what the MPI launcher started. The data is prepared once,
+    by rank 0, in a folder that all hosts see. `MASTER_ADDR=ADDRESS` names rank 0's host as the others
+    reach it, where its host name does not. `kill -USR1` of mpirun, mpiexec or srun makes Megatron save a checkpoint and stop; the same command goes on from there. SIGTERM does not
     do for Open MPI, which kills its processes a second later.
     """
     if importlib.util.find_spec("mpi4py") is None:

@@ -8,21 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from cca_megatron.terminal import console, fail
+from cca_megatron.terminal import OverridesArgument, RecipeArgument, console, fail
 
 _GPUS_PER_NODE = 8
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as configs/recipes/zaya1_8b_4k_8gpu.yaml.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="SECTION.KEY=VALUE",
-            help="Settings that replace the recipe's, as in `cca-megatron train`: "
-            "`megatron.context-parallel-size=8`.",
-        ),
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     gpus: Annotated[
         int | None,
         typer.Option(min=1, max=16384, help="GPUs in all, eight to a node; by default the recipe's."),
