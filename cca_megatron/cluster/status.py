@@ -73,8 +73,11 @@ def _slurm(job: Job) -> str:
 
 
 def _last_step(attempt: Path) -> tuple[Iteration | None, float | None]:
-    """The last step in the logs of an attempt: Megatron writes it on the last rank."""
-    logs = sorted(attempt.glob("*/rank-*.out"), key=lambda log: log.stem)
+    """The last step in the logs of an attempt: Megatron writes it on the last rank.
+
+    Ranks may change places while nodes are still finding each other, so of two logs the newer one counts.
+    """
+    logs = sorted(attempt.glob("*/rank-*.out"), key=lambda log: (log.stem, log.stat().st_mtime))
     if not logs:
         return None, None
     written = max(log.stat().st_mtime for log in logs)
