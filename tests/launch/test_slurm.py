@@ -1,5 +1,6 @@
 """Jobs on a real SLURM: what interrupts them costs no more than the steps since the last checkpoint."""
 
+import json
 import subprocess
 
 import pytest
@@ -31,7 +32,8 @@ def test_a_job_outlives_its_time_limit(cluster, curve, run):
     assert first["iteration_after"] == second["iteration_before"] >= 25
     assert (second["restart"], second["verdict"], second["iteration_after"]) == (1, "finished", 300)
     assert_same_curve(run, curve, 300)
-    assert "300 of 300" in cluster.run(str(PROGRAM), "status", str(run.root)).stdout
+    status = json.loads(cluster.run(str(PROGRAM), "status", str(run.root), "--json").stdout)
+    assert (status["job"]["state"], status["slurm"], status["checkpoint"]) == ("finished", "over", 300)
 
 
 @pytest.mark.long
