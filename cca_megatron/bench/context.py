@@ -15,7 +15,7 @@ from cca_megatron.parallel.rules import exchanged_kv_heads
 from cca_megatron.plan.attention import Attention
 from cca_megatron.plan.traffic import traffic
 
-METHODS = ("MHA", "GQA", "CCGQA")
+METHODS = ("MHA", "GQA", "CCA", "CCGQA")
 """Of :func:`cca_megatron.bench.sizes.matched` those whose bytes the planner tells by way of exchange."""
 WAYS = ("p2p", "all_gather", "a2a")
 _ELEMENT = 4

@@ -290,7 +290,7 @@ def test_a_step_is_measured_by_the_real_entry(tmp_path):
 def test_ranks_send_what_is_planned():
     rows = [event.row for event in measure_context([1, 2], 64, 128, 8, rounds=1, device="cpu")]
     assert {(row["method"], row["comm_type"]) for row in rows if row["ranks"] == 2} == {
-        (method, way) for method in ("MHA", "GQA", "CCGQA") for way in ("p2p", "all_gather", "a2a")
+        (method, way) for method in ("MHA", "GQA", "CCA", "CCGQA") for way in ("p2p", "all_gather", "a2a")
     }
     for row in rows:
         assert row["sent_bytes"] == row["planned_bytes"], row
