@@ -1,5 +1,6 @@
 """Go through the cases of a benchmark, showing and storing what comes."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +51,7 @@ def collect(
         bar.update(task, completed=begun, description=case)
         begun += 1
 
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with bar:
             for event in events(started):
@@ -64,5 +66,6 @@ def collect(
         console.print("stopped")
         raise typer.Exit(130) from None
     finally:
+        signal.signal(signal.SIGTERM, previous)
         if result.rows or result.refused:
             console.print(f"stored in {result.write(output)}", markup=False, soft_wrap=True)

@@ -91,14 +91,18 @@ def _run(ranks: int, numbers: tuple[int, ...], device: str) -> list[dict[str, An
         path = Path(folder) / "rows.json"
         worker = ["-m", "cca_megatron.bench.context_worker", *map(str, numbers), str(path)]
         words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *worker]
-        run = subprocess.run(
+        with subprocess.Popen(
             [sys.executable, *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CCA_DEVICE": device},
-        )
-        if run.returncode:
-            raise RuntimeError(f"{ranks} ranks failed: {explain(run.stdout.splitlines(), run.returncode)}")
+        ) as process:
+            try:
+                output, _ = process.communicate()
+            finally:
+                process.terminate()  # torchrun takes its ranks along, where we are stopped
+        if process.returncode:
+            raise RuntimeError(f"{ranks} ranks failed: {explain(output.splitlines(), process.returncode)}")
         rows: list[dict[str, Any]] = json.loads(path.read_text())
     return rows

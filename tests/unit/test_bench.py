@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from cca_kernels import cca_mix, cca_mix_reference
@@ -324,6 +326,21 @@ def test_time_limit_and_storage(tmp_path):
     stored = json.loads(path.read_text())
     assert stored["rows"] == [rows[0] | times]
     assert stored["machine"] == MACHINE
+
+
+def test_what_was_measured_is_stored_when_killed(tmp_path):
+    def events(started):
+        started("a case")
+        yield Measured({"shape": "tiny", "us": 1.0})
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(typer.Exit):
+        collect(Result("mix", MACHINE, {}), events, 2, None, tmp_path, lambda event: "a line")
+    [path] = tmp_path.iterdir()
+    assert json.loads(path.read_text())["rows"] == [{"shape": "tiny", "us": 1.0}]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_machine_is_named():
