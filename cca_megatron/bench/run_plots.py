@@ -16,6 +16,8 @@ _QUANTITIES: dict[str, tuple[str, Callable[[Row], float]]] = {
     "memory": ("live tensors at most, MiB", lambda method: method["peak_bytes"] / 2**20),
 }
 """By the name of the picture, what it shows of a method and how it is called."""
+_STYLES = {"p2p": "-", "all_gather": "--", "a2a": ":"}
+"""Of the lines, by way of exchange."""
 
 
 def plot_runs(results: list[dict[str, Any]], folder: Path) -> list[Path]:
@@ -47,6 +49,7 @@ def _matched(result: dict[str, Any], name: str, folder: Path) -> Path:
         axes.set_xscale("log", base=2)
         if name != "latency":
             axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.set(title=_TITLES[matching], xlabel="tokens of the sequence")
         axes.grid(alpha=0.3)
@@ -62,22 +65,25 @@ def _context(result: dict[str, Any], folder: Path) -> Path:
     rows = result["rows"]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     figure, (left, right) = _panels(2)
-    styles = {"p2p": "-", "all_gather": "--", "a2a": ":"}
     for number, method in enumerate(methods):
-        for way, style in styles.items():
+        for way, style in _STYLES.items():
             own = [row for row in rows if row["method"] == method and row["comm_type"] in (way, None)]
             look = {"color": f"C{number}", "linestyle": style, "marker": "o", "markersize": 4}
             sent = [row for row in own if row["ranks"] > 1]
-            ranks = [row["ranks"] for row in sent]
-            left.plot(ranks, [row["sent_bytes"] / 2**20 for row in sent], label=f"{method}, {way}", **look)
+            left.plot([row["ranks"] for row in sent], [row["sent_bytes"] / 2**20 for row in sent], **look)
             right.plot([row["ranks"] for row in own], [row["work_ratio"] for row in own], **look)
-    left.set(title="counted", ylabel="sent by the rank that sends most, MiB", yscale="log")
+    left.set(title="counted", ylabel="sent by the rank that sends most, MiB")
+    left.set_yscale("log", base=2)
+    left.yaxis.set_major_formatter("{x:g}")
     right.set(title="work of the busiest rank", ylabel="over that of one rank")
     for axes in (left, right):
         axes.set_xlabel("context-parallel ranks")
         axes.set_xticks(sorted({row["ranks"] for row in rows}))
         axes.grid(alpha=0.3)
-    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+    colors = {method: {"color": f"C{number}"} for number, method in enumerate(methods)}
+    ways = {way: {"color": "black", "linestyle": style} for way, style in _STYLES.items()}
+    handles = [left.plot([], [], label=name, **look)[0] for name, look in (colors | ways).items()]
+    figure.legend(handles=handles, fontsize=9, loc="outside right upper")
     what = f"attention layer, {rows[0]['tokens']:,} tokens, hidden size {rows[0]['hidden']:,}, fp32"
     return _save(figure, result, what, folder, "cp")
 
