@@ -11,22 +11,16 @@ from pathlib import Path
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from support.small_recipe import MODEL
+
 ROOT = Path(__file__).parents[2]
 MINI_SLURM = ROOT / "tests" / "launch" / "mini_slurm.sh"
 PROGRAM = Path(sys.executable).parent / "cca-megatron"
 RECIPE = {
-    "model": {
-        "num-layers": 2,
-        "hidden-size": 32,
-        "ffn-hidden-size": 48,
-        "swiglu": True,
-        "disable-bias-linear": True,
-        "num-attention-heads": 4,
-        "num-query-groups": 2,
-        "kv-channels": 8,
+    "model": MODEL
+    | {
         "normalization": "RMSNorm",
         "position-embedding-type": "rope",
-        "max-position-embeddings": 32,
         "hidden-dropout": 0,
         "attention-dropout": 0,
     },

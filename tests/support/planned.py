@@ -66,19 +66,21 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+TRAINING = {
+    "micro-batch-size": 2,
+    "global-batch-size": 2,
+    "train-iters": 4,
+    "lr": 1e-3,
+    "mock-data": True,
+    "tokenizer-type": "NullTokenizer",
+    "vocab-size": 300,
+}
+"""Of a few steps on random tokens, but for the length of the sequence."""
+
+
 def arguments(folder: Path, model: dict[str, Any], sections: dict[str, Any], **megatron: Any) -> Namespace:
     """What Megatron is given for this model, in bf16 unless told otherwise."""
-    settings = {
-        "seq-length": SEQUENCE,
-        "micro-batch-size": 2,
-        "global-batch-size": 2,
-        "train-iters": 4,
-        "lr": 1e-3,
-        "mock-data": True,
-        "tokenizer-type": "NullTokenizer",
-        "vocab-size": 300,
-        "bf16": True,
-    }
+    settings = TRAINING | {"seq-length": SEQUENCE, "bf16": True}
     settings |= {name.replace("_", "-"): value for name, value in megatron.items()}
     gpus = settings.pop("gpus", 1)
     content = {"model": model, "megatron": settings, "launch": {"gpus_per_node": gpus}, **sections}

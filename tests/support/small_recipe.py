@@ -4,6 +4,19 @@ from pathlib import Path
 
 import yaml
 
+MODEL = {
+    "num-layers": 2,
+    "hidden-size": 32,
+    "ffn-hidden-size": 48,
+    "swiglu": True,
+    "disable-bias-linear": True,
+    "num-attention-heads": 4,
+    "num-query-groups": 2,
+    "kv-channels": 8,
+    "max-position-embeddings": 32,
+}
+"""A dense one."""
+
 
 def small_recipe(folder: Path, iterations: int) -> Path:
     """Write texts and a recipe of a small mixture of experts below a folder; data and output go there too."""
@@ -12,16 +25,8 @@ def small_recipe(folder: Path, iterations: int) -> Path:
     for number in range(20):
         (texts / f"{number:02}.txt").write_text(f"{number} bottles of water on the wall\n" * 20)
     content = {
-        "model": {
-            "num-layers": 2,
-            "hidden-size": 32,
-            "ffn-hidden-size": 48,
-            "swiglu": True,
-            "disable-bias-linear": True,
-            "num-attention-heads": 4,
-            "num-query-groups": 2,
-            "kv-channels": 8,
-            "max-position-embeddings": 32,
+        "model": MODEL
+        | {
             "num-experts": 2,
             "moe-layer-freq": [0, 1],
             "moe-router-topk": 1,

@@ -10,7 +10,7 @@ from quality_report import Estimate, compare_with_paper, difference, final_losse
 from quality_runs import TOLERANCE, matched_ffn, parameters, write_recipe
 from quality_variants import REFERENCE, TABLES, VARIANTS, Row, sections
 from support.megatron import Layout, microbatches, parallel
-from support.planned import DENSE, built
+from support.planned import DENSE, TRAINING, built
 
 from cca_megatron import CCASelfAttention
 from cca_megatron.inference.load import load_model
@@ -24,16 +24,7 @@ HIDDEN, DIM, SEQUENCE = 128, 16, 32
 BASE = {
     "model": {name: value for name, value in DENSE.items() if name != "padded-vocab-size"}
     | {"hidden-size": HIDDEN, "kv-channels": DIM, "num-layers": 2, "max-position-embeddings": SEQUENCE},
-    "megatron": {
-        "seq-length": SEQUENCE,
-        "micro-batch-size": 2,
-        "global-batch-size": 2,
-        "train-iters": 4,
-        "lr": 1e-3,
-        "mock-data": True,
-        "tokenizer-type": "NullTokenizer",
-        "vocab-size": 300,
-    },
+    "megatron": TRAINING | {"seq-length": SEQUENCE},
 }
 
 
