@@ -41,7 +41,7 @@ def main() -> None:
 
     try:
         runs, device = quality_runs.plan_runs(
-            args.recipe, args.settings, args.variants, args.seeds, args.output
+            args.recipe, args.settings, _once(args.variants), _once(args.seeds), args.output
         )
         ended = _train(runs, args.jobs, device)
     except (RecipeError, DataError, TrainingError, ValueError, OSError) as error:
@@ -80,6 +80,17 @@ def _train(runs: list["Run"], jobs: int, device: "Device") -> bool:
     return True
 
 
+def _once[T](values: list[T]) -> list[T]:
+    """A run that is named twice is one run, in one folder."""
+    return list(dict.fromkeys(values))
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -94,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--jobs", type=_jobs, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("runs/quality"), help="folder of the runs")
     parser.add_argument("--json", type=Path, help="write the losses to this file")
     parser.add_argument("--plot", type=Path, help="draw them to this file")

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import quality
 import quality_runs
 import yaml
 from quality_runs import Run, train_all
@@ -118,6 +119,13 @@ def sweep(tmp_path):
         )
 
     return start
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "two"])
+def test_a_sweep_without_jobs_is_refused(jobs, capsys):
+    with pytest.raises(SystemExit):
+        quality._parser().parse_args(["--jobs", jobs])
+    assert "must be a whole number of at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.long
