@@ -1,6 +1,7 @@
 """Go through the cases of a benchmark, showing and storing what comes."""
 
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cca_megatron.bench.results import CPU_FIGURES, Event, Result, describe, is_of_cpu
-from cca_megatron.terminal import console
+from cca_megatron.terminal import console, fail
 
 
 def collect(
@@ -30,6 +31,7 @@ def collect(
         output: folder of the result file.
         describe: a line for the terminal.
     """
+    _check_writable(output)
     ceilings = (f"{name} {value:,.0f}" for name, value in result.ceilings.items())
     console.print(", ".join([str(result.machine["device"]), *ceilings]), markup=False)
     if is_of_cpu(result.machine):
@@ -69,3 +71,12 @@ def collect(
         signal.signal(signal.SIGTERM, previous)
         if result.rows or result.refused:
             console.print(f"stored in {result.write(output)}", markup=False, soft_wrap=True)
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail now and not at the end, when what was measured would be lost."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        fail(error)

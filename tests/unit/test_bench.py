@@ -343,6 +343,16 @@ def test_what_was_measured_is_stored_when_killed(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_folder_that_cannot_be_written_is_named_before_measuring(tmp_path, capsys):
+    def events(started):
+        raise AssertionError("it measured")
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(typer.Exit):
+        collect(Result("mix", MACHINE, {}), events, 1, None, tmp_path / "file" / "results")
+    assert "Not a directory" in capsys.readouterr().err
+
+
 def test_machine_is_named():
     facts = machine.facts()
     assert facts["torch"] == torch.__version__
