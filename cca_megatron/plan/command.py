@@ -61,19 +61,23 @@ def plan(
         _import_megatron()
         from cca_megatron.plan import plots, report
 
-        plans = _plans(recipe, overrides or [], gpus, gpu, _lengths(seq_length), _names(compare))
+        size, lengths = _size(gpus), _lengths(seq_length)
+        # A search has layouts of its own: the recipe's need not fit that many GPUs.
+        here = [*(overrides or []), *([] if search else size)]
+        plans = _plans(recipe, here, gpu, lengths, _names(compare))
         found: list[dict[str, Any]] = [one.as_json() for one in plans]
         if search:
             from cca_megatron.plan.search import search as search_layouts
 
             only = plans[0]
             with console.status("trying layouts"):
-                layouts = search_layouts(only.model, only.parallel.gpus, only.run, only.gpu)
-            report.show_search(console, only, layouts)
-            found = [
-                {**replace(only, parallel=c.parallel, run=c.run).as_json(), "overrides": c.overrides()}
-                for c in layouts
-            ]
+                layouts = search_layouts(only.model, gpus or only.parallel.gpus, only.run, only.gpu)
+            typed = [*here, *size, *(f"megatron.seq-length={length}" for length in lengths)]
+            changes = [[*typed, *c.overrides(only.parallel, only.run)] for c in layouts]
+            report.show_search(console, only, gpus or only.parallel.gpus, layouts, changes)
+            plans = [replace(only, parallel=c.parallel, run=c.run) for c in layouts]
+            found = [one.as_json() | {"overrides": c} for one, c in zip(plans, changes, strict=True)]
+            del plans[1:]
         elif len(plans) == 1:
             report.show_plan(console, plans[0])
         else:
@@ -81,28 +85,21 @@ def plan(
         if json_file is not None:
             json_file.write_text(json.dumps(found, indent=1) + "\n")
             console.print(f"figures: {json_file.resolve()}", markup=False, soft_wrap=True)
-        if plot is not None:
+        if plot is not None and plans:
+            plot = plot if plot.suffix else plot.with_suffix(".png")
             plots.plot_plans(plans, plot)
             console.print(f"picture: {plot.resolve()}", markup=False, soft_wrap=True)
     except (RecipeError, ValueError, OSError) as error:
         fail(error)
 
 
-def _plans(
-    path: Path, overrides: list[str], gpus: int | None, gpu: str, lengths: list[int], kinds: list[str]
-) -> list[Any]:
+def _plans(path: Path, overrides: list[str], gpu: str, lengths: list[int], kinds: list[str]) -> list[Any]:
     """One for each length and attention."""
     from cca_megatron.plan.compare import with_attention
     from cca_megatron.plan.hardware import GPUS
     from cca_megatron.plan.shapes import model_from_args, parallel_from_args, run_from_args
     from cca_megatron.plan.summary import Plan
 
-    if gpus is not None:
-        nodes, rest = divmod(gpus, _GPUS_PER_NODE)
-        if rest and nodes:
-            raise ValueError(f"gpus={gpus}: nodes have {_GPUS_PER_NODE}; gpus={nodes * _GPUS_PER_NODE} works")
-        here = _GPUS_PER_NODE if nodes else gpus
-        overrides = [*overrides, f"launch.nodes={max(1, nodes)}", f"launch.gpus_per_node={here}"]
     plans = []
     for length in lengths or (None,):
         changes = [] if length is None else [f"megatron.seq-length={length}"]
@@ -150,6 +147,16 @@ def _import_megatron() -> None:
         torch.compile = compiler
         gc.freeze()
         gc.enable()
+
+
+def _size(gpus: int | None) -> list[str]:
+    """The overrides that give a recipe this many GPUs."""
+    if gpus is None:
+        return []
+    nodes, rest = divmod(gpus, _GPUS_PER_NODE)
+    if rest and nodes:
+        raise ValueError(f"gpus={gpus}: nodes have {_GPUS_PER_NODE}; gpus={nodes * _GPUS_PER_NODE} works")
+    return [f"launch.nodes={max(1, nodes)}", f"launch.gpus_per_node={_GPUS_PER_NODE if nodes else gpus}"]
 
 
 def _lengths(text: str | None) -> list[int]:

@@ -60,12 +60,16 @@ def show_comparison(console: Console, plans: list[Plan]) -> None:
     console.print(_NOTICE, style="dim", soft_wrap=True)
 
 
-def show_search(console: Console, plan: Plan, found: list[Candidate]) -> None:
-    """The fastest layouts that fit, and how to train on the first."""
-    _heading(console, plan)
+def show_search(
+    console: Console, plan: Plan, gpus: int, found: list[Candidate], overrides: list[list[str]]
+) -> None:
+    """The fastest layouts of this many GPUs that fit, and how to train on the first."""
+    console.print(f"{gpus:,} x {plan.gpu.name}; {_batch(plan)}", soft_wrap=True)
     if not found:
         console.print(
-            f"no layout of {plan.parallel.gpus} {plan.gpu.name} fits; more GPUs or shorter sequences may"
+            f"no layout of {gpus:,} {plan.gpu.name} fits and divides the batch; more GPUs, shorter sequences "
+            "or another megatron.global-batch-size may",
+            soft_wrap=True,
         )
         return
     table = _table("TP", "CP", "PP", "EP", "DP", "micro-batch", "recompute", "memory, GB", "step, s", "MFU")
@@ -79,17 +83,21 @@ def show_search(console: Console, plan: Plan, found: list[Candidate]) -> None:
             f"{candidate.step.mfu:.1%}",
         )
     console.print(table)
-    console.print(f"{len(found)} layouts fit; the first: " + " ".join(found[0].overrides()), soft_wrap=True)
+    console.print(f"{len(found)} layouts fit; the first: " + " ".join(overrides[0]), soft_wrap=True)
     console.print(_NOTICE, style="dim", soft_wrap=True)
 
 
 def _heading(console: Console, plan: Plan) -> None:
-    p, run = plan.parallel, plan.run
+    p = plan.parallel
     console.print(
         f"{p.gpus:,} x {plan.gpu.name}: TP {p.tensor}, CP {p.context}, PP {p.pipeline} x {p.chunks}, "
-        f"EP {p.expert}, DP {p.data}; {run.global_batch:,} sequences of {run.sequence:,} tokens a step",
+        f"EP {p.expert}, DP {p.data}; {_batch(plan)}",
         soft_wrap=True,
     )
+
+
+def _batch(plan: Plan) -> str:
+    return f"{plan.run.global_batch:,} sequences of {plan.run.sequence:,} tokens a step"
 
 
 def _fits(console: Console, plan: Plan) -> None:

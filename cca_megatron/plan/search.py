@@ -24,8 +24,13 @@ class Candidate:
     memory: Memory
     step: Step
 
-    def overrides(self) -> list[str]:
-        """What to add to ``cca-megatron train RECIPE`` for this layout."""
+    def overrides(self, parallel: Parallel, run: Run) -> list[str]:
+        """What to add to ``cca-megatron train RECIPE`` for this layout.
+
+        Args:
+            parallel: the recipe's own layout.
+            run: how the recipe trains.
+        """
         p, r = self.parallel, self.run
         settings = {
             "tensor-model-parallel-size": p.tensor,
@@ -33,8 +38,10 @@ class Candidate:
             "context-parallel-size": p.context,
             "pipeline-model-parallel-size": p.pipeline,
             "expert-model-parallel-size": p.expert,
+            "expert-tensor-parallel-size": p.expert_tensor,
             "micro-batch-size": r.micro_batch,
         }
+        settings |= _cut_evenly(parallel, run)
         overrides = [f"megatron.{name}={value}" for name, value in settings.items()]
         if r.recompute == "full":
             overrides += [
@@ -104,6 +111,23 @@ def _runs(run: Run) -> list[Run]:
     )
     nothing = replace(own, recompute=None, recompute_method=None, recompute_modules=frozenset())
     return list(dict.fromkeys((nothing, own, whole)))
+
+
+def _cut_evenly(parallel: Parallel, run: Run) -> dict[str, str]:
+    """Settings that undo what this recipe says about the layers of its pipeline stages."""
+    settings = {}
+    if parallel.chunks > 1:
+        settings["num-virtual-stages-per-pipeline-rank"] = "null"
+        settings["num-layers-per-virtual-pipeline-stage"] = "null"
+    if run.first_layers is not None:
+        settings["decoder-first-pipeline-num-layers"] = "null"
+    if run.last_layers is not None:
+        settings["decoder-last-pipeline-num-layers"] = "null"
+    if run.embedding_counts:
+        settings["account-for-embedding-in-pipeline-split"] = "false"
+    if run.loss_counts:
+        settings["account-for-loss-in-pipeline-split"] = "false"
+    return settings
 
 
 def _fits_tensor(model: Model, tensor: int) -> bool:
