@@ -46,6 +46,8 @@ GPUS = {
     "b200": Gpu("B200 180GB", 180e9, 2250e12, 7.7e12, 740e9, 50e9, 0.66, (0.62, 0.55)),
 }
 
+TF32_SHARE = 0.5
+"""Of the peak in bf16: all data sheets above."""
 MEMORY_SHARE = 0.8
 """Of the memory bandwidth, in element-wise kernels. A plain copy on an H100 reaches about 0.9; norms and
 activations, which reduce or read several tensors, less. (fitted)"""

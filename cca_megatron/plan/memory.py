@@ -40,7 +40,7 @@ class Memory:
     activations: float
     """Kept for the backward pass, of all micro-batches under way."""
     logits: float
-    """Logits, their fp32 copy and gradient, while the loss is computed."""
+    """Logits, their fp32 copy and gradient, while the loss is computed, or the output weight's gradient."""
     working: float
     """Of the layer in its backward pass: what is recomputed, and gradients."""
     communication: float
@@ -219,10 +219,14 @@ def _sum(kept: Kept, names: Iterable[str]) -> float:
 
 
 def _logits(model: Model, parallel: Parallel, run: Run, tokens: float) -> float:
-    """Megatron's loss holds the logits and a copy in fp32, later the gradient in fp32 and in bf16."""
+    """Megatron's loss holds the logits and a copy in fp32, or their gradient in fp32 and in bf16.
+
+    Behind it stands the gradient in bf16 alone, beside that of the output weight before it is added up.
+    """
     both = model.element if run.in_place_loss or model.element == 4 else model.element + 4
     at_once = tokens if run.loss_chunk is None else min(tokens, run.loss_chunk)
-    logits = at_once * model.vocabulary / parallel.tensor * both
+    per_word = max(at_once * both, (at_once + model.hidden_size) * model.element)
+    logits = model.vocabulary / parallel.tensor * per_word
     gathered = at_once * model.hidden_size * model.element * (parallel.sequence_parts > 1)
     return logits + gathered
 

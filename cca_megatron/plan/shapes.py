@@ -116,7 +116,7 @@ def run_from_args(args: Namespace) -> Run:
         global_batch=args.global_batch_size,
         distributed_optimizer=args.use_distributed_optimizer,
         optimizer_instances=args.num_distributed_optimizer_instances,
-        gradient_bytes=4 if args.accumulate_allreduce_grads_in_fp32 or not args.bf16 else 2,
+        gradient_bytes=args.params_dtype.itemsize if not args.accumulate_allreduce_grads_in_fp32 else 4,
         optimizer_bytes=_optimizer_bytes(args),
         optimizer_on_gpu=1 - args.optimizer_offload_fraction if args.optimizer_cpu_offload else 1.0,
         recompute=args.recompute_granularity,

@@ -7,7 +7,7 @@ backward and forward passes, as far as these last.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cca_megatron.plan import hardware
 from cca_megatron.plan.attention import MIX, CompressedAttention
@@ -44,7 +44,7 @@ class Step:
     flops: float
     """Of the model, forward and backward, in a step; what is recomputed does not count."""
     mfu: float
-    """Share of the peak that these make."""
+    """Share of the peak that these make; of that of TF32 with fp32 weights."""
 
 
 def step_time(model: Model, parallel: Parallel, run: Run, gpu: Gpu, flash: bool = True) -> Step:
@@ -57,6 +57,8 @@ def step_time(model: Model, parallel: Parallel, run: Run, gpu: Gpu, flash: bool 
         gpu: on what.
         flash: core attention is fused; otherwise it writes and reads its square of logits, as before 2023.
     """
+    if model.element == 4:  # Transformer Engine multiplies fp32 as TF32
+        gpu = replace(gpu, peak=gpu.peak * hardware.TF32_SHARE)
     stages = stage_layers(len(model.layers), parallel, run)
     count = run.micro_batches(parallel)
     passes = _all_stages(model, parallel, run, gpu, stages, flash)

@@ -15,6 +15,7 @@ from cca_megatron.plan.layers import mean_keys
 from cca_megatron.plan.memory import memory_per_gpu
 from cca_megatron.plan.parts import Parallel
 from cca_megatron.plan.shapes import model_from_args
+from cca_megatron.training.loss import chunked_loss
 from cca_megatron.training.recipe import RecipeError
 
 PARTS = {
@@ -149,10 +150,15 @@ def test_kept_activations_are_what_autograd_saves(name, tmp_path, monkeypatch):
     assert memory_per_gpu(args).activations == pytest.approx(saved, rel=0.05)
 
 
-def test_logits_are_held_as_often_as_reckoned(tmp_path):
-    """A vocabulary so large that nothing else matters."""
+def large_vocabulary(hidden):
+    """A model beside whose output nothing matters."""
     model = DENSE | {"padded-vocab-size": 131072, "num-layers": 1}
-    args = arguments(tmp_path, model, {}, micro_batch_size=1)
+    return model | {"hidden-size": hidden, "kv-channels": hidden // 16}
+
+
+def test_logits_are_held_as_often_as_reckoned(tmp_path):
+    """Before the backward pass, with hidden states so narrow that the output weight's gradient is small."""
+    args = arguments(tmp_path, large_vocabulary(hidden=64), {}, micro_batch_size=1)
     tokens = torch.randint(0, 300, (1, SEQUENCE))
     with parallel(Layout()):
         built_model = built(args)
@@ -163,12 +169,37 @@ def test_logits_are_held_as_often_as_reckoned(tmp_path):
     assert memory.logits + memory.activations == pytest.approx(live.peak - table, rel=0.05)
 
 
-def test_a_loss_in_chunks_holds_the_logits_of_one(tmp_path):
-    args = arguments(tmp_path, DENSE, {})
-    args.loss_chunk_size = None
-    whole = memory_per_gpu(args).logits
-    args.loss_chunk_size = 16
-    assert memory_per_gpu(args).logits == whole * 16 / (2 * SEQUENCE)
+@pytest.mark.parametrize(("chunk", "hidden"), [(16, 256), (64, 64)])
+def test_a_loss_in_chunks_holds_what_is_reckoned(chunk, hidden, tmp_path):
+    """Few tokens beside many hidden channels: the weight's gradient; the other way round: the logits."""
+    args = arguments(tmp_path, large_vocabulary(hidden), {}, micro_batch_size=1, loss_chunk_size=chunk)
+    x = torch.randn(SEQUENCE, 1, hidden).to(torch.bfloat16).requires_grad_()
+    with parallel(Layout()):
+        built_model = built(args)
+        weight = built_model.shared_embedding_or_output_weight()
+        weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+        with LiveBytes(made_before=[x, weight, weight.main_grad]) as live:
+            losses = chunked_loss(
+                hidden_states=x,
+                output_layer=built_model.output_layer,
+                output_weight=weight,
+                labels=torch.randint(0, 300, (1, SEQUENCE)),
+                context=chunk,
+                compute_language_model_loss=built_model.compute_language_model_loss,
+                scale_logits=lambda logits: logits,
+            )
+            torch.autograd.grad(losses.sum(), [x, weight])
+    assert memory_per_gpu(args).logits == pytest.approx(live.peak, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [({}, 4), ({"grad_reduce_in_bf16": True}, 2), ({"bf16": False}, 4), ({"bf16": False, "fp16": True}, 2)],
+)
+def test_gradients_have_megatrons_dtype(settings, size, tmp_path):
+    args = arguments(tmp_path, DENSE, {}, **settings)
+    memory = memory_per_gpu(args)
+    assert memory.gradients / memory.weights == size / args.params_dtype.itemsize
 
 
 def test_weights_gradients_and_optimizer_are_shared_as_megatron_says(tmp_path):
