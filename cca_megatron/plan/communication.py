@@ -18,7 +18,7 @@ from cca_megatron.plan.traffic import traffic
 Axis = Literal["tensor", "context", "expert", "pipeline", "data"]
 Pattern = Literal["ring", "neighbours", "all-to-all"]
 """A ring collective; sends to one neighbour, which one network card carries; an exchange of all with all."""
-HALO = "rows before a chunk"
+HALO, EMBEDDING, OUTPUT = "rows before a chunk", "embedding", "output and loss"
 _ALL_REDUCED_LOGITS = 3
 """Numbers in fp32 per token that a loss over a cut vocabulary sums over ranks: maximum, sum, the label's."""
 
@@ -118,11 +118,11 @@ def _tensor(
             )
     if stage == 0:  # the embedding, whose rows lie on all ranks
         embedded = row if parallel.sequence else 2 * row
-        yield Message("tensor", "embedding", embedded, row if parallel.sequence else 0, group)
+        yield Message("tensor", EMBEDDING, embedded, row if parallel.sequence else 0, group)
     if stage == stages - 1:
         numbers = 2 * part * _ALL_REDUCED_LOGITS * 4 * tokens
         gathered, summed = (row, 2 * row) if parallel.sequence else (0.0, 2 * row)
-        yield Message("tensor", "output and loss", gathered + numbers, summed, group)
+        yield Message("tensor", OUTPUT, gathered + numbers, summed, group)
 
 
 def _forward_passes(run: Run) -> int:

@@ -26,6 +26,8 @@ _RECOMPUTED = {
     "layernorm": {"mlp_input"},
 }
 _ATTENTION = {"core_attn", "attn_proj", "mix", "qkv_linear"}
+_WITHOUT_GRADIENT = {"attn_norm", "mlp_norm", "residual", "dropout", "input_scale", "log_sum_exp"}
+"""Beside the others: masks and sums have none, and that of the residual stream is no more than one row."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ def _one_layer(model: Model, layer: Layer, parallel: Parallel, run: Run) -> tupl
     offloaded = _sum(kept, run.offload_modules - gone) * run.offload_fraction
     # Of each tensor that the attention or the MLP keeps there is one gradient.
     attention = _sum(kept, _ATTENTION)
-    mlp = _sum(kept, set(kept) - _ATTENTION - {"attn_norm", "mlp_norm", "residual", "dropout", "input_scale"})
+    mlp = _sum(kept, set(kept) - _ATTENTION - _WITHOUT_GRADIENT)
     return _sum(kept, kept) - recomputed - offloaded, recomputed + max(attention, mlp), offloaded
 
 

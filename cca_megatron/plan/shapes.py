@@ -92,7 +92,16 @@ def model_from_args(args: Namespace) -> Model:
 
 
 def parallel_from_args(args: Namespace) -> Parallel:
-    """The layout that these arguments ask for."""
+    """The layout that these arguments ask for.
+
+    Raises:
+        RecipeError: tokens go to experts in a way that is not reckoned.
+    """
+    if args.num_experts and args.world_size > 1 and args.moe_token_dispatcher_type != "alltoall":
+        raise RecipeError(
+            f"moe_token_dispatcher_type={args.moe_token_dispatcher_type!r}: the planner does not reckon it "
+            "on several GPUs; moe_token_dispatcher_type=alltoall works"
+        )
     return Parallel(
         tensor=args.tensor_model_parallel_size,
         sequence=args.sequence_parallel,

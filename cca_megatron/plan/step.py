@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from cca_megatron.plan import hardware
 from cca_megatron.plan.attention import MIX, CompressedAttention
-from cca_megatron.plan.communication import HALO, Group, Message, communication
+from cca_megatron.plan.communication import EMBEDDING, HALO, OUTPUT, Group, Message, communication
 from cca_megatron.plan.hardware import Gpu
 from cca_megatron.plan.layers import DENSE, EXPERTS, ROUTER, SHARED, Layer, Model
 from cca_megatron.plan.memory import stage_layers, stage_parts
@@ -71,10 +71,9 @@ def step_time(model: Model, parallel: Parallel, run: Run, gpu: Gpu, flash: bool 
     parts["pipeline bubble"] = others / parallel.chunks
 
     sent = communication(model, parallel, run, slowest)
+    parts["data parallel"] = _exposed([message for message in sent if message.axis == "data"], run, gpu, one)
     for message in sent:
-        if message.axis == "data":
-            parts["data parallel"] = parts.get("data parallel", 0.0) + _exposed(message, run, gpu, one)
-        elif message.name in ("gradients of what is whole", "gradients of tied embeddings"):
+        if message.name in ("gradients of what is whole", "gradients of tied embeddings"):
             name = "tensor parallel" if message.axis == "tensor" else "pipeline parallel"
             parts[name] = parts.get(name, 0.0) + _transfer(message.group, message.sent, message.pattern, gpu)
     parts["optimizer"] = _optimizer(model, parallel, run, stages, slowest, gpu)
@@ -127,7 +126,8 @@ def _micro_batch(
     for message in sent:
         seconds = _transfer(message.group, message.sent / passes, message.pattern, gpu)
         if message.axis == "tensor" and message.name != "gradients of what is whole":
-            parts["tensor parallel"] += seconds + _latency(count)
+            once = message.name in (EMBEDDING, OUTPUT)
+            parts["tensor parallel"] += seconds + _latency(1 if once else count)
         elif message.axis == "expert":
             parts["expert parallel"] += seconds + 2 * _latency(count)
         elif message.axis == "context":
@@ -219,10 +219,10 @@ def _latency(layers: int) -> float:
     return 4 * hardware.LATENCY * layers
 
 
-def _exposed(message: Message, run: Run, gpu: Gpu, one_pass: float) -> float:
-    """Seconds of data parallelism that nothing hides."""
-    gradients = _transfer(message.group, message.backward, message.pattern, gpu)
-    weights = _transfer(message.group, message.forward, message.pattern, gpu)
+def _exposed(messages: list[Message], run: Run, gpu: Gpu, one_pass: float) -> float:
+    """Seconds of data parallelism that nothing hides; dense weights and experts share what does."""
+    gradients = sum(_transfer(each.group, each.backward, each.pattern, gpu) for each in messages)
+    weights = sum(_transfer(each.group, each.forward, each.pattern, gpu) for each in messages)
     if run.overlap_gradients:
         gradients = max(0.05 * gradients, gradients - hardware.HIDDEN_GRADIENTS * one_pass * 2 / 3)
     if run.overlap_weights:

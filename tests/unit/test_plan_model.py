@@ -192,16 +192,6 @@ def test_a_loss_in_chunks_holds_what_is_reckoned(chunk, hidden, tmp_path):
     assert memory_per_gpu(args).logits == pytest.approx(live.peak, rel=0.05)
 
 
-@pytest.mark.parametrize(
-    ("settings", "size"),
-    [({}, 4), ({"grad_reduce_in_bf16": True}, 2), ({"bf16": False}, 4), ({"bf16": False, "fp16": True}, 2)],
-)
-def test_gradients_have_megatrons_dtype(settings, size, tmp_path):
-    args = arguments(tmp_path, DENSE, {}, **settings)
-    memory = memory_per_gpu(args)
-    assert memory.gradients / memory.weights == size / args.params_dtype.itemsize
-
-
 def test_weights_gradients_and_optimizer_are_shared_as_megatron_says(tmp_path):
     args = arguments(tmp_path, DENSE, {}, gpus=4, global_batch_size=8, use_distributed_optimizer=True)
     parameters = sum(part.count for part in model_from_args(args).parts())
