@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PARTS = ("batch-generator", "forward-compute", "backward-compute", "optimizer")
-"""Megatron's timers that are shown; they do not overlap."""
+"""Megatron's timers that are shown. The first runs within the second, the others beside each other."""
 _TIMER = re.compile(r"^\s+([a-z-]+) \.+: \(([\d.]+), ([\d.]+)\)")
 _UNSAVED = (
     "output=null",
@@ -37,7 +37,7 @@ def measure_step(recipe: Path, overrides: list[str], steps: int, warmup: int, co
 
     Returns:
         A row with the median seconds of a step, its tokens per second, and the share of each of ``PARTS`` in
-        all steps, on the rank that takes longest for it.
+        all steps, on the rank that takes longest for it; "all else" is what none of them covers.
 
     Raises:
         RecipeError: it cannot run, or logged no step.
@@ -58,7 +58,6 @@ def measure_step(recipe: Path, overrides: list[str], steps: int, warmup: int, co
     step = statistics.median(counted)
     args = command.args
     tokens = args.global_batch_size * args.seq_length
-    shares = {name: sum(reader.parts[name][warmup:]) / sum(counted) for name in PARTS if name in reader.parts}
     return Measured(
         {
             "recipe": recipe.stem,
@@ -71,7 +70,7 @@ def measure_step(recipe: Path, overrides: list[str], steps: int, warmup: int, co
             "seconds_low": min(counted),
             "seconds_high": max(counted),
             "tokens_per_second": tokens / step,
-            "share": shares | {"all else": 1 - sum(shares.values())},
+            "share": reader.shares(warmup),
         }
     )
 
@@ -89,3 +88,10 @@ class _Reader:
             self.seconds.append(event.seconds)
         elif match := _TIMER.match(line):
             self.parts.setdefault(match[1], []).append(float(match[3]) / 1000)
+
+    def shares(self, warmup: int) -> dict[str, float]:
+        """Of each of ``PARTS`` in the steps after these, and of all else."""
+        whole = sum(self.seconds[warmup:])
+        shares = {name: sum(self.parts[name][warmup:]) / whole for name in PARTS if name in self.parts}
+        covered = sum(share for name, share in shares.items() if name != PARTS[0])
+        return shares | {"all else": 1 - covered}

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typer.testing import CliRunner
 
-from cca_megatron.bench import clock, lines, matched, run_plots, tables
+from cca_megatron.bench import clock, context, lines, matched, run_plots, tables
 from cca_megatron.bench.command import app
 from cca_megatron.bench.context import measure_context, planned_bytes, ways
 from cca_megatron.bench.data import measure_data
@@ -130,6 +130,30 @@ def test_every_method_and_pass_is_measured(rows):
             assert ("core" in method) == (row["matched"] == "width" and name != "MLA")
 
 
+def test_ratios_are_to_mha(monkeypatch):
+    passes = ("forward", "backward", "both", "core")
+
+    def in_turn(runs, rounds):
+        return {name: {which: [1.0 if name == "MHA" else 3.0] for which in passes} for name in runs}
+
+    monkeypatch.setattr(matched.clock, "in_turn", in_turn)
+    with parallel(Layout()):
+        (event,) = measure_matched(["width"], [16], 128, 8, torch.float32, 1)
+    for name, method in event.row["methods"].items():
+        ratios = {method[which]["ratio"] for which in passes if which in method}
+        assert ratios == {1.0 if name == "MHA" else 3.0}
+
+
+def test_work_of_several_ranks_is_told_as_a_share_of_that_of_one(monkeypatch):
+    def run(ranks, numbers, device):
+        case = {"method": "CCA", "ranks": ranks, "comm_type": "p2p" if ranks > 1 else None}
+        return [case | {"work_seconds": 6.0 / ranks, "sent_bytes": 0.0}]
+
+    monkeypatch.setattr(context, "_run", run)
+    rows = [event.row for event in measure_context([1, 2, 4], 64, 128, 8, rounds=1, device="cpu")]
+    assert [row["work_ratio"] for row in rows] == [1, 1 / 2, 1 / 4]
+
+
 def test_bytes_grow_with_the_sequence(rows):
     """Kept for the backward pass: in proportion, but for what is kept once per layer."""
     for short, long in zip(rows[:3], rows[3:], strict=True):
@@ -245,10 +269,13 @@ def test_what_does_not_fit_is_refused_in_one_line(arguments, message, tmp_path):
 LOG = """
  iteration 1/ 2 | consumed samples: 4 | elapsed time per iteration (ms): 2000.0 | lm loss: 5.0E+00 |
 (min, max) time across ranks (ms):
+    batch-generator ................................: (10.00, 100.00)
     forward-compute ................................: (900.00, 1000.00)
     optimizer ......................................: (190.00, 200.00)
  iteration 2/ 2 | consumed samples: 8 | elapsed time per iteration (ms): 1000.0 | lm loss: 4.0E+00 |
+    batch-generator ................................: (10.00, 50.00)
     forward-compute ................................: (400.00, 500.00)
+    optimizer ......................................: (90.00, 100.00)
 """
 
 
@@ -257,7 +284,20 @@ def test_steps_and_their_parts_are_read_from_the_log():
     for line in LOG.splitlines():
         reader.feed(line)
     assert reader.seconds == [2.0, 1.0]
-    assert reader.parts == {"forward-compute": [1.0, 0.5], "optimizer": [0.2]}
+    assert reader.parts == {
+        "batch-generator": [0.1, 0.05],
+        "forward-compute": [1.0, 0.5],
+        "optimizer": [0.2, 0.1],
+    }
+
+
+def test_shares_of_a_step_count_nothing_twice():
+    """Megatron fetches the batch within its forward pass; the first step warms up."""
+    reader = _Reader()
+    for line in LOG.splitlines():
+        reader.feed(line)
+    expected = {"batch-generator": 0.05, "forward-compute": 0.5, "optimizer": 0.1, "all else": 0.4}
+    assert reader.shares(warmup=1) == pytest.approx(expected)
 
 
 def test_data_is_prepared_and_read(tmp_path):
@@ -269,7 +309,9 @@ def test_data_is_prepared_and_read(tmp_path):
     text = sum(len(path.read_bytes()) + 1 for path in (tmp_path / "texts").iterdir())
     assert {row["tokens"] for row in prepared} == {text}
     assert prepared[0] | {"workers": 1, "ratio": 1} == prepared[0]
-    assert read["plain read"]["ratio"] == 1
+    for rows in (prepared, list(read.values())):  # the first is what the others are compared with
+        for row in rows:
+            assert row["ratio"] == pytest.approx(rows[0]["seconds"] / row["seconds"])
     assert read["loader"]["tokens"] == 4 * 2 * 32
     assert not (tmp_path / "data").exists()
 
@@ -281,7 +323,7 @@ def test_a_step_is_measured_by_the_real_entry(tmp_path):
     assert lines.step_line(event)
     assert row["steps"] == 3
     assert row["tokens_per_second"] == pytest.approx(row["tokens_per_step"] / row["seconds"])
-    assert sum(row["share"].values()) == pytest.approx(1)
+    assert sum(row["share"].values()) - row["share"]["batch-generator"] == pytest.approx(1)
     assert row["share"]["forward-compute"] > 0.05
     assert not (tmp_path / "run").exists()
 
