@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.chunked_loss import assert_same, computed, in_double
+from support.chunked_loss import assert_same, computed, in_double, largest_chunk
 from support.megatron import Layout
 
 from cca_megatron.training import loss as loss_module
@@ -22,6 +22,11 @@ LAYOUTS = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_losses_and_gradients_are_those_of_all_tokens_at_once(layout, tied):
     assert_same(computed(layout, None, tied=tied), computed(layout, 12, tied=tied), 1e-6)
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, sp=True)], ids=str)
+def test_a_chunk_has_as_many_tokens_as_asked_for_over_all_ranks(layout):
+    assert largest_chunk(layout, 12) == 12
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, sp=True)], ids=str)

@@ -101,6 +101,24 @@ def _forward_backward(model: Any, chunk_size: int | None, layout: Layout) -> lis
     return seen
 
 
+def largest_chunk(layout: Layout, chunk_size: int) -> int:
+    """The most tokens whose logits a rank computes at once."""
+    sizes = []
+
+    def prepare(model: GPTModel) -> None:
+        right = model.compute_language_model_loss
+
+        def counting(labels: Tensor, logits: Tensor) -> Tensor:
+            sizes.append(labels.numel())
+            assert logits.shape[:2] == labels.t().shape
+            return right(labels, logits)
+
+        model.compute_language_model_loss = counting
+
+    computed(layout, chunk_size, prepare=prepare)
+    return max(sizes)
+
+
 def assert_same(expected: Results, got: Results, bound: float) -> None:
     """Fail unless every loss and gradient agrees, relative in norm."""
     assert expected.keys() == got.keys()

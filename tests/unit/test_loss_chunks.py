@@ -8,7 +8,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import ColumnParallelLinear, layers, vocab_parallel_cross_entropy
-from support.chunked_loss import assert_same, computed, in_double
+from support.chunked_loss import assert_same, computed, in_double, largest_chunk
 from support.closeness import relative_error
 from support.megatron import Layout, parallel, tiny_config
 
@@ -26,6 +26,11 @@ ONE = Layout()
 def test_losses_and_gradients_are_those_of_all_tokens_at_once(chunk_size, tied):
     """Chunks of one position, chunks that do not divide the sequence, and one chunk."""
     assert_same(computed(ONE, None, tied=tied), computed(ONE, chunk_size, tied=tied), 1e-6)
+
+
+def test_a_chunk_has_as_many_tokens_as_asked_for_over_all_samples():
+    assert largest_chunk(ONE, 12) == 12
+    assert largest_chunk(ONE, 1) == 2  # one position of both samples
 
 
 def test_exact_in_double():

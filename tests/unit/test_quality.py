@@ -95,6 +95,12 @@ def test_mlps_are_as_wide_as_equal_parameters_need(tmp_path):
         assert abs(parameters(command_of(name, tmp_path, ffn)) - target) <= TOLERANCE * target
 
 
+def test_variants_and_seeds_are_what_a_recipe_says(tmp_path):
+    content = sections(BASE, VARIANTS["gqa"], 7, 96)
+    assert (content["megatron"]["seed"], content["model"]["ffn-hidden-size"]) == (7, 96)
+    assert "seed" not in BASE["megatron"]
+
+
 def test_a_model_that_no_width_brings_to_the_target_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"model.ffn-hidden-size=352: no width .* mha the 1,000 parameters"):
         matched_ffn(BASE, VARIANTS["mha"], 1000, tmp_path, "cpu")
@@ -175,6 +181,8 @@ def test_the_tables_show_every_variant_and_the_paper():
 def test_the_documentation_has_the_tables_of_the_stored_losses():
     found = json.loads((ROOT / "benchmarks/results/quality/0.7m.json").read_text())
     assert tables(found["runs"]) in (ROOT / "docs/quality.md").read_text()
+    (target,) = {run["parameters"] for run in found["runs"] if run["variant"] == REFERENCE}
+    assert all(run["parameters"] == pytest.approx(target, rel=0.01) for run in found["runs"])
 
 
 def test_the_ablation_ladder_falls_in_the_paper_as_parts_are_added():
