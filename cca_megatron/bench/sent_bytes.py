@@ -35,8 +35,10 @@ def _sent(name: str, args: Any) -> float:
     size = next(dist.ProcessGroup.unbox(arg).size() for arg in args if isinstance(arg, torch.ScriptObject))
     if name in ("allreduce_", "allreduce_coalesced_"):
         return 2 * (size - 1) / size * _nbytes(args[0])
-    if name == "allgather_into_tensor_coalesced_":
+    if name in ("allgather_", "allgather_into_tensor_coalesced_"):
         return (size - 1) * _nbytes(args[1])
+    if name == "reduce_scatter_":
+        return (size - 1) / size * sum(map(_nbytes, args[1]))
     if name == "reduce_scatter_tensor_coalesced_":
         return (size - 1) / size * _nbytes(args[1])
     if name == "_allgather_base_":
