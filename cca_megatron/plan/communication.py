@@ -19,6 +19,8 @@ Axis = Literal["tensor", "context", "expert", "pipeline", "data"]
 Pattern = Literal["ring", "neighbours", "all-to-all"]
 """A ring collective; sends to one neighbour, which one network card carries; an exchange of all with all."""
 HALO, EMBEDDING, OUTPUT = "rows before a chunk", "embedding", "output and loss"
+WHOLE, TIED = "gradients of what is whole", "gradients of tied embeddings"
+"""Summed once, behind all micro-batches, as those of data parallelism are."""
 _ALL_REDUCED_LOGITS = 3
 """Numbers in fp32 per token that a loss over a cut vocabulary sums over ranks: maximum, sum, the label's."""
 
@@ -204,8 +206,8 @@ def _after(
         yield Message("data", name, weights, gradients, group)
     if parallel.tensor > 1 and parallel.sequence:
         summed = 2 * (parallel.tensor - 1) / parallel.tensor * whole * run.gradient_bytes
-        yield Message("tensor", "gradients of what is whole", 0, summed, groups(parallel)["tensor"])
+        yield Message("tensor", WHOLE, 0, summed, groups(parallel)["tensor"])
     if len(stages) > 1 and model.tied and stage in (0, len(stages) - 1):
         table = model.embedding_parts()[0].on_rank(parallel) * run.gradient_bytes
         ends = Group(2, (parallel.pipeline - 1) * groups(parallel)["pipeline"].stride)
-        yield Message("pipeline", "gradients of tied embeddings", 0, table, ends)
+        yield Message("pipeline", TIED, 0, table, ends)

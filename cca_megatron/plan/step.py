@@ -11,7 +11,16 @@ from dataclasses import dataclass, replace
 
 from cca_megatron.plan import hardware
 from cca_megatron.plan.attention import MIX, CompressedAttention
-from cca_megatron.plan.communication import EMBEDDING, HALO, OUTPUT, Group, Message, communication
+from cca_megatron.plan.communication import (
+    EMBEDDING,
+    HALO,
+    OUTPUT,
+    TIED,
+    WHOLE,
+    Group,
+    Message,
+    communication,
+)
 from cca_megatron.plan.hardware import Gpu
 from cca_megatron.plan.layers import DENSE, EXPERTS, ROUTER, SHARED, Layer, Model
 from cca_megatron.plan.memory import stage_layers, stage_parts
@@ -73,7 +82,7 @@ def step_time(model: Model, parallel: Parallel, run: Run, gpu: Gpu, flash: bool 
     sent = communication(model, parallel, run, slowest)
     parts["data parallel"] = _exposed([message for message in sent if message.axis == "data"], run, gpu, one)
     for message in sent:
-        if message.name in ("gradients of what is whole", "gradients of tied embeddings"):
+        if message.name in (WHOLE, TIED):
             name = "tensor parallel" if message.axis == "tensor" else "pipeline parallel"
             parts[name] = parts.get(name, 0.0) + _transfer(message.group, message.sent, message.pattern, gpu)
     parts["optimizer"] = _optimizer(model, parallel, run, stages, slowest, gpu)
@@ -125,7 +134,7 @@ def _micro_batch(
     passes = run.micro_batches(parallel)
     for message in sent:
         seconds = _transfer(message.group, message.sent / passes, message.pattern, gpu)
-        if message.axis == "tensor" and message.name != "gradients of what is whole":
+        if message.axis == "tensor" and message.name != WHOLE:
             once = message.name in (EMBEDDING, OUTPUT)
             parts["tensor parallel"] += seconds + _latency(1 if once else count)
         elif message.axis == "expert":

@@ -15,7 +15,7 @@ from support.megatron import Layout, parallel
 from support.planned import DENSE, MOE, SEQUENCE, ZAYA, ZAYA_PARTS, arguments
 
 from cca_megatron.bench.sent_bytes import SentBytes
-from cca_megatron.plan.communication import communication
+from cca_megatron.plan.communication import TIED, WHOLE, communication
 from cca_megatron.plan.shapes import model_from_args, parallel_from_args, run_from_args
 from cca_megatron.training.model import model_config_from_args
 
@@ -71,11 +71,8 @@ def planned_arguments(folder, model, sections, layout, settings):
     return arguments(folder, model, sections, gpus=dist.get_world_size(), **given)
 
 
-AFTER = ("gradients of what is whole", "gradients of tied embeddings")
-
-
 def is_after(message) -> bool:
-    return message.axis == "data" or message.name in AFTER
+    return message.axis == "data" or message.name in (WHOLE, TIED)
 
 
 def sent(args, layout) -> tuple[float, float]:
