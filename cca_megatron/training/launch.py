@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Literal
 
 import psutil
@@ -127,17 +128,21 @@ class _Stopper:
             return
         self.stopped = True
         if not self.trains:
-            self._say("stopping: training has not begun, so there is nothing to save")
+            self._tell("stopping: training has not begun, so there is nothing to save")
             self.kill()
             return
         what = "a checkpoint is saved after this step" if self._saves else "no checkpoint is saved"
-        self._say(f"stopping: {what}; once more stops at once")
+        self._tell(f"stopping: {what}; once more stops at once")
         # torchrun would give its workers 30 seconds, so they are asked directly. Their own children are
         # left alone: Megatron saves through one of them.
         for worker in self._descendants(recursive=False):
             with suppress(psutil.NoSuchProcess):
                 if "--module" not in worker.cmdline():
                     worker.send_signal(signal.SIGTERM)
+
+    def _tell(self, text: str) -> None:
+        # The signal may have come while this thread writes a line, and a stream cannot be entered twice.
+        Thread(target=self._say, args=(text,)).start()
 
     def kill(self) -> None:
         self.killed = True
