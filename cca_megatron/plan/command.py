@@ -52,6 +52,7 @@ def plan(
     from cca_megatron.training.recipe import RecipeError
 
     try:
+        gpu = gpu.lower()
         if gpu not in GPUS:
             raise RecipeError(f"gpu={gpu}: unknown; {', '.join(GPUS)} are known, h100 works")
         if search and (compare or (seq_length and "," in seq_length)):
@@ -164,8 +165,8 @@ def _lengths(text: str | None) -> list[int]:
     for length in lengths:
         if not length.strip().isdecimal() or int(length) < 1:
             raise ValueError(f"seq_length={text}: must be whole numbers with commas; 4096,32768 works")
-    return [int(length) for length in lengths]
+    return list(dict.fromkeys(int(length) for length in lengths))
 
 
 def _names(text: str | None) -> list[str]:
-    return [] if text is None else [name.strip() for name in text.split(",")]
+    return [] if text is None else list(dict.fromkeys(name.strip() for name in text.split(",")))

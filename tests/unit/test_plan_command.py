@@ -75,9 +75,11 @@ def test_other_attention_and_lengths_stand_beside(tmp_path, monkeypatch):
     words = (
         ZAYA,
         "--compare",
-        "mha,gqa,mla",
+        "mha,gqa,mla,mha",
         "--seq-length",
-        "32768,131072",
+        "32768,131072,32768",
+        "--gpu",
+        "H200",
         "--plot",
         tmp_path / "plan.png",
     )
@@ -85,6 +87,7 @@ def test_other_attention_and_lengths_stand_beside(tmp_path, monkeypatch):
     assert [(one["attention"], one["sequence"]) for one in found] == [
         (kind, length) for length in (32768, 131072) for kind in ("cca", "mha", "gqa", "mla")
     ]
+    assert {one["gpu"]["name"] for one in found} == {"H200 141GB"}
     cca, mha, gqa, mla = (one["kv_cache_bytes_per_token"] for one in found[:4])
     assert (mha / cca, gqa / cca) == (8, 2)  # 16 and 4 KV heads of 128 channels beside 2
     assert mla == 40 * (512 + 64) * 2
