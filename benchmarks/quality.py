@@ -41,7 +41,7 @@ def main() -> None:
 
     try:
         runs, device = quality_runs.plan_runs(
-            args.recipe, args.settings, _once(args.variants), _once(args.seeds), args.output
+            args.recipe, args.settings, args.variants, args.seeds, args.output
         )
         ended = _train(runs, args.jobs, device)
     except (RecipeError, DataError, TrainingError, ValueError, OSError) as error:
@@ -78,11 +78,6 @@ def _train(runs: list["Run"], jobs: int, device: "Device") -> bool:
         except KeyboardInterrupt:
             return False
     return True
-
-
-def _once[T](values: list[T]) -> list[T]:
-    """A run that is named twice is one run, in one folder."""
-    return list(dict.fromkeys(values))
 
 
 def _jobs(text: str) -> int:

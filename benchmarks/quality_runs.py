@@ -93,8 +93,8 @@ def plan_runs(
     session.check_machine(reference.recipe, device)
     target, runs = parameters(reference), []
     widths = {name: matched_ffn(base, VARIANTS[name], target, output, device) for name in variants}
-    for seed in seeds:
-        for name in variants:
+    for seed in dict.fromkeys(seeds):
+        for name in widths:
             folder = output / f"{name}-seed{seed}"
             content = sections(base, VARIANTS[name], seed, widths[name]) | {"output": str(folder)}
             path = folder / "recipe.yaml"

@@ -78,7 +78,6 @@ def plan(
             report.show_search(console, only, gpus or only.parallel.gpus, layouts, changes)
             plans = [replace(only, parallel=c.parallel, run=c.run) for c in layouts]
             found = [one.as_json() | {"overrides": c} for one, c in zip(plans, changes, strict=True)]
-            del plans[1:]
         elif len(plans) == 1:
             report.show_plan(console, plans[0])
         else:
@@ -88,7 +87,7 @@ def plan(
             console.print(f"figures: {json_file.resolve()}", markup=False, soft_wrap=True)
         if plot is not None and plans:
             plot = plot if plot.suffix else plot.with_suffix(".png")
-            plots.plot_plans(plans, plot)
+            plots.plot_plans(plans[:1] if search else plans, plot)
             console.print(f"picture: {plot.resolve()}", markup=False, soft_wrap=True)
     except (RecipeError, ValueError, OSError) as error:
         fail(error)

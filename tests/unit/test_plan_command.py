@@ -131,10 +131,16 @@ def test_search_ranks_what_fits(tmp_path):
             "megatron.pipeline-model-parallel-size=4",
             "megatron.num-virtual-stages-per-pipeline-rank=2",
         ),
+        (
+            DENSE_7B,
+            "megatron.pipeline-model-parallel-size=4",
+            "megatron.decoder-first-pipeline-num-layers=5",
+            "megatron.decoder-last-pipeline-num-layers=7",
+        ),
         (MOE, "--gpus", "32"),
         (ZAYA, "--seq-length", "8192"),
     ],
-    ids=["interleaved", "experts", "zaya"],
+    ids=["interleaved", "unequal stages", "experts", "zaya"],
 )
 def test_overrides_of_a_search_give_the_layout_it_ranked(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -106,6 +106,13 @@ def test_the_utilization_is_that_of_the_models_flops(tmp_path):
     assert step.tokens_per_second == pytest.approx(8 * SEQUENCE / step.seconds)
 
 
+def test_products_in_fp32_take_twice_as_long(tmp_path):
+    half, whole = (
+        step_time(*shapes(tmp_path, DENSE, bf16=bf16), GPU).parts["matrix products"] for bf16 in (True, False)
+    )
+    assert whole == pytest.approx(2 * half)
+
+
 def test_a_loss_in_chunks_takes_one_more_product(tmp_path):
     model, parallel, run = shapes(tmp_path, DENSE)
     whole, chunked = (

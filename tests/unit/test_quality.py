@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from quality_report import Estimate, compare_with_paper, difference, final_losses, tables
-from quality_runs import TOLERANCE, matched_ffn, parameters, write_recipe
+from quality_runs import TOLERANCE, matched_ffn, parameters, plan_runs, write_recipe
 from quality_variants import REFERENCE, TABLES, VARIANTS, Row, sections
 from support.megatron import Layout, microbatches, parallel
 from support.planned import DENSE, TRAINING, built
@@ -99,6 +100,13 @@ def test_variants_and_seeds_are_what_a_recipe_says(tmp_path):
     content = sections(BASE, VARIANTS["gqa"], 7, 96)
     assert (content["megatron"]["seed"], content["model"]["ffn-hidden-size"]) == (7, 96)
     assert "seed" not in BASE["megatron"]
+
+
+def test_a_run_that_is_named_twice_is_one_run(tmp_path):
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.safe_dump(BASE | {"model": BASE["model"] | {"ffn-hidden-size": 96}}))
+    runs, _ = plan_runs(path, [], ["gqa", "ccgqa", "gqa"], [2, 1, 2], tmp_path / "runs")
+    assert [(run.seed, run.variant) for run in runs] == [(2, "gqa"), (2, "ccgqa"), (1, "gqa"), (1, "ccgqa")]
 
 
 def test_a_model_that_no_width_brings_to_the_target_is_refused(tmp_path):
