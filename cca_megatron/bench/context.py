@@ -64,7 +64,7 @@ def measure_context(
 
     Raises:
         ValueError: the sizes do not fit.
-        RuntimeError: the ranks failed; the message has the first exception.
+        TrainingError: the ranks failed; the message has the first exception.
     """
     layers = matched("width", hidden, dim)
     for ranks in sizes:
@@ -85,7 +85,7 @@ def measure_context(
 
 
 def _run(ranks: int, numbers: tuple[int, ...], device: str) -> list[dict[str, Any]]:
-    from cca_megatron.training.launch import explain
+    from cca_megatron.training.launch import TrainingError, explain
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
@@ -103,6 +103,6 @@ def _run(ranks: int, numbers: tuple[int, ...], device: str) -> list[dict[str, An
             finally:
                 process.terminate()  # torchrun takes its ranks along, where we are stopped
         if process.returncode:
-            raise RuntimeError(f"{ranks} ranks failed: {explain(output.splitlines(), process.returncode)}")
+            raise TrainingError(f"{ranks} ranks failed: {explain(output.splitlines(), process.returncode)}")
         rows: list[dict[str, Any]] = json.loads(path.read_text())
     return rows

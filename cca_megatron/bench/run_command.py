@@ -94,6 +94,7 @@ def bench_cp(
     from cca_megatron.bench import machine
     from cca_megatron.bench.context import measure_context
     from cca_megatron.training.device import select_device
+    from cca_megatron.training.launch import TrainingError
 
     result = Result("cp", machine.facts())
     try:
@@ -105,7 +106,7 @@ def bench_cp(
             return measure_context(sorted(sizes), tokens, hidden_size, head_dim, rounds, device, started)
 
         collect(result, events, len(sizes), None, output, lines.context_line)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, TrainingError) as error:
         fail(error)
 
 

@@ -266,6 +266,15 @@ def test_what_does_not_fit_is_refused_in_one_line(arguments, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_stop_is_no_error(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(context, "_run", stopped)
+    run = CliRunner().invoke(app, ["cp", "--output", str(tmp_path)])
+    assert (run.exit_code, run.stderr) == (130, "")
+
+
 LOG = """
  iteration 1/ 2 | consumed samples: 4 | elapsed time per iteration (ms): 2000.0 | lm loss: 5.0E+00 |
 (min, max) time across ranks (ms):
